@@ -1,0 +1,13 @@
+"""fasfx: torch.fx passes that turn Hugging Face transformers into spiking neural networks.
+
+>>> snn = fasfx.convert(model)            # doctest: +SKIP
+>>> snn(**inputs).last_hidden_state       # doctest: +SKIP
+"""
+
+from fasfx import errors, passes, runtime
+from fasfx.config import SpikeConfig
+from fasfx.convert import convert
+from fasfx.model import SpikingModel
+
+__version__ = "0.1.0"
+__all__ = ["SpikeConfig", "SpikingModel", "convert", "errors", "passes", "runtime"]

@@ -1,0 +1,141 @@
+"""Capture: a model becomes a torch.fx program. The only file that knows transformers.exporters and torch.export."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
+from torch.fx import GraphModule
+
+from fasfx.config import SpikeConfig
+from fasfx.errors import CaptureError
+from fasfx.program import FACTS, Facts, fake
+
+Inputs = dict[str, Any]
+MAX_REFINEMENTS = 4
+
+
+def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig) -> GraphModule:
+    """The model as a program at CAPTURED: same inputs by name, same outputs, dynamic batch and length.
+
+    batch: one set of model inputs; tensors are inputs of the graph, everything else is a constant of it.
+    The model keeps its weights (shared), its train/eval state and its forward.
+    Raises CaptureError with torch.export's reason.
+    """
+    tensors = {k: at_least_two(v) for k, v in batch.items() if isinstance(v, Tensor)}
+    constants = {k: v for k, v in batch.items() if not isinstance(v, Tensor)}
+    if not tensors:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured without tensor inputs: pass calibration=[{{name: tensor}}]"
+        )
+    with evaluating(model):
+        exported = _export_refining(model, tensors, constants)
+    if any(_mutates(node) for node in exported.graph.nodes):
+        exported = exported.run_decompositions({})  # functional form, no operator decomposed
+    return program(exported.module(check_guards=False), config, constants)
+
+
+def program(module: GraphModule, config: SpikeConfig, constants: Inputs) -> GraphModule:
+    """A program at CAPTURED from an exported module."""
+    # Rebuilt, because an exported module refuses train() and eval().
+    gm = GraphModule(module, module.graph)
+    gm.meta[FACTS] = Facts(level="CAPTURED", config=config, constants=dict(constants), symbols=_symbols(gm))
+    return gm.eval()
+
+
+def dynamic_shapes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """One batch symbol for dim 0 of every input, one length symbol for dim 1 of every integer or boolean input.
+
+    Inputs named decoder_* have a length of their own. Dims of floating point inputs (pixels, features) other
+    than the batch are static.
+    """
+    batch = Dim("batch", min=1)
+    lengths = {False: Dim("length", min=1), True: Dim("decoder_length", min=1)}
+    shapes: dict[str, dict[int, Any]] = {}
+    for name, value in tensors.items():
+        shapes[name] = {0: batch} if value.dim() else {}
+        if value.dim() >= 2 and not value.is_floating_point():
+            shapes[name][1] = lengths[name.startswith("decoder_")]
+    return shapes
+
+
+def _export_refining(model: nn.Module, tensors: Inputs, constants: Inputs) -> ExportedProgram:
+    """Export, taking over the limits torch.export finds (a maximum length, a fixed size) until it is content."""
+    shapes: Any = dynamic_shapes(tensors)
+    for _ in range(MAX_REFINEMENTS):
+        try:
+            return _export(model, tensors, constants, shapes)
+        except torch._dynamo.exc.UserError as error:
+            message = str(error).split("\n\n")[0]
+            if "Suggested fixes" not in message:
+                raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {message}") from error
+            shapes = refine_dynamic_shapes_from_suggested_fixes(message, shapes)
+        except Exception as error:
+            raise CaptureError(f"cannot capture {type(model).__name__}: {str(error).splitlines()[0]}") from error
+    raise CaptureError(f"torch.export found no shapes for {type(model).__name__} after {MAX_REFINEMENTS} refinements")
+
+
+def _export(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any) -> ExportedProgram:
+    if is_hugging_face(model):
+        from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
+
+        settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+        program = DynamoExporter().export(model, {**tensors, **constants}, settings).program
+        assert isinstance(program, ExportedProgram)
+        return program
+    with torch.no_grad():
+        every = shapes | dict.fromkeys(constants)
+        return torch.export.export(model, (), {**tensors, **constants}, dynamic_shapes=every, strict=False)
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether transformers' exporters take this model."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
+def at_least_two(value: Tensor) -> Tensor:
+    """A batch of one doubled: torch.export specialises sizes of 1."""
+    return torch.cat([value, value]) if value.dim() and value.shape[0] == 1 else value
+
+
+def parameters_of(model: nn.Module) -> list[str]:
+    """Names of the model's forward arguments, without self and catch-alls."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind not in kinds]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside, every module's own mode again outside."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _symbols(gm: GraphModule) -> dict[str, str]:
+    """torch's symbols named as users know them: batch, length, decoder_length."""
+    names: dict[str, str] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = fake(node)
+        for dim, size in enumerate(value.shape if value is not None else ()):
+            if isinstance(size, torch.SymInt) and str(size) not in names:
+                length = "decoder_length" if str(node.target).startswith("decoder_") else "length"
+                name = "batch" if dim == 0 else length
+                names[str(size)] = name if name not in names.values() else f"{name}_{len(names)}"
+    return names

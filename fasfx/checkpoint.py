@@ -1,0 +1,150 @@
+"""Checkpoints: a folder with spike_config.json, graph.txt and model.safetensors. No pickle, no code.
+
+What is stored is the calibrated program (level RANGED) with the original weights and the sites' ranges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fasfx.config import SpikeConfig
+from fasfx.errors import CheckpointError, FasfxError
+from fasfx.graph_text import parse, text
+from fasfx.program import Site, facts
+
+if TYPE_CHECKING:
+    from fasfx.model import SpikingModel
+
+FORMAT = 1
+SETTINGS, GRAPH, WEIGHTS = "spike_config.json", "graph.txt", "model.safetensors"
+_RANGES = "fasfx.sites"
+
+
+def save(model: SpikingModel, folder: Path) -> None:
+    """Write a checkpoint beside the target, then rename: a crash or a full disk leaves what was there."""
+    from safetensors.torch import save_file
+
+    program = facts(model.ranged)
+    tensors, aliases = _unique(_tensors(model.ranged))
+    for site in program.sites.values():
+        tensors |= {f"{_RANGES}.{site.name}.{key}": t.contiguous() for key in ("peak", "tail") if (t := getattr(site, key)) is not None}
+    with written_beside(folder) as staging:
+        (staging / GRAPH).write_text(text(model.ranged), encoding="utf-8")
+        save_file(tensors, staging / WEIGHTS)
+        if model.config is not None:
+            model.config.save_pretrained(staging)
+        settings = {
+            "format": FORMAT,
+            "config": dataclasses.asdict(program.config),
+            "constants": program.constants,
+            "aliases": aliases,
+            "sites": [_site_to_json(site) for site in program.sites.values()],
+            "bytes": {name: (staging / name).stat().st_size for name in (GRAPH, WEIGHTS)},
+        }
+        (staging / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def load(folder: Path) -> SpikingModel:
+    """Read a checkpoint. Raises CheckpointError for a missing, truncated, foreign or newer one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from fasfx.model import SpikingModel
+
+    if not (folder / SETTINGS).is_file():
+        raise CheckpointError(f"{folder} is no fasfx checkpoint: it has no {SETTINGS}; make one with `fasfx convert`")
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        _check(folder, settings)
+        tensors = load_file(folder / WEIGHTS)
+        tensors |= {alias: tensors[name] for alias, name in settings["aliases"].items()}
+        ranged = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
+        facts(ranged).constants = settings["constants"]
+        facts(ranged).sites = {s["name"]: _site_from_json(s, tensors) for s in settings["sites"]}
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, FasfxError) as error:
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
+    return SpikingModel(ranged, _hugging_face_config(folder))
+
+
+def _check(folder: Path, settings: dict[str, Any]) -> None:
+    if settings["format"] > FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {settings['format']}, this fasfx reads up to {FORMAT}: update fasfx"
+        )
+    for name, size in settings["bytes"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise CheckpointError(f"{folder / name} has {found} bytes instead of {size}: the checkpoint is truncated")
+
+
+def _hugging_face_config(folder: Path) -> Any | None:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+
+
+def _tensors(gm: GraphModule) -> dict[str, Tensor]:
+    named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _unique(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name without repeats, and alias -> name for tied ones."""
+    kept: dict[str, Tensor] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key], kept[name] = name, tensor.contiguous().clone() if not tensor.is_contiguous() else tensor
+    return kept, aliases
+
+
+def _site_to_json(site: Site) -> dict[str, Any]:
+    return {k: getattr(site, k) for k in ("name", "module", "channel", "signed", "fixed")}
+
+
+def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:
+    ranges = {key: tensors.get(f"{_RANGES}.{stored['name']}.{key}") for key in ("peak", "tail")}
+    return Site(**(stored | {"channel": tuple(stored["channel"])}), **ranges)
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A fresh folder beside the target whose files replace the target's at the end; removed if anything fails.
+
+    Raises CheckpointError for a full disk, a read-only place, or a target that is a file.
+    """
+    staging: Path | None = None
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file: choose a folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        yield staging
+        if folder.exists():
+            for file in sorted(staging.iterdir()):
+                os.replace(file, folder / file.name)
+        else:
+            os.chmod(staging, 0o755)
+            os.replace(staging, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}; nothing there was changed") from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)

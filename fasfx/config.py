@@ -1,0 +1,144 @@
+"""SpikeConfig: every choice a conversion makes, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fasfx.errors import ConfigError
+from fasfx.ops.codes import CODES
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "code": tuple(CODES),
+    "schedule": ("sequential", "synchronous"),
+    "coverage": ("matmul", "activation"),
+    "activation": ("keep", "replace"),
+    "nonlinear": ("exact", "spiking"),
+    "threshold": ("max", "percentile"),
+    "granularity": (None, "tensor", "channel", "token"),
+    "weights": ("float", "int8"),
+}
+# What the contract names and this version does not have yet; asking for it is an error, never a silent change.
+_LATER: dict[tuple[str, object], str] = {
+    ("schedule", "synchronous"): 'use schedule="sequential"',
+    ("coverage", "activation"): 'use coverage="matmul"',
+    ("activation", "replace"): 'use activation="keep"',
+    ("nonlinear", "spiking"): 'use nonlinear="exact"; coverage lists the float operators',
+    ("weights", "int8"): 'use weights="float"',
+}
+MAX_RADIX_STEPS = 24  # a count must be exact in float32
+MAX_LEVELS = 24
+
+
+@dataclass(frozen=True)
+class SpikeConfig:
+    """How a network becomes spiking.
+
+    timesteps:   T, spikes a neuron may send per value (per threshold ladder for `multi`).
+    code:        "multi" (signed powers of two), "radix" (binary digits), "rate" (QCFS, FAS's neuron).
+    levels:      thresholds of a multi neuron, 1 to 24; independent of timesteps.
+    schedule:    "sequential": a layer starts when its input is complete; closed form, latency depth * T.
+    coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
+    nonlinear:   "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
+    threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
+    margin:      headroom; None: 4 for multi (two of its levels), 1 + timesteps / 16 else.
+    granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
+                 not fold). None: "tensor" for multi, "channel" else.
+    skip:        regular expressions (re.search) on module paths whose operators stay as they are.
+    strict:      raise CoverageError if any multiply-accumulate is not spike-driven.
+
+    Raises ConfigError for a value outside these.
+    """
+
+    timesteps: int = 4
+    code: Literal["multi", "radix", "rate"] = "multi"
+    levels: int = 20
+    schedule: Literal["sequential", "synchronous"] = "sequential"
+    coverage: Literal["matmul", "activation"] = "matmul"
+    activation: Literal["keep", "replace"] = "keep"
+    nonlinear: Literal["exact", "spiking"] = "exact"
+    threshold: Literal["max", "percentile"] = "max"
+    margin: float | None = None
+    granularity: Literal["tensor", "channel", "token"] | None = None
+    weights: Literal["float", "int8"] = "float"
+    skip: tuple[str, ...] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "skip", tuple(self.skip))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
+        for name, low, high in (("timesteps", 1, None), ("levels", 1, MAX_LEVELS)):
+            _check_integer(name, getattr(self, name), low, high)
+        if self.code == "radix" and self.timesteps > MAX_RADIX_STEPS:
+            raise ConfigError(f"timesteps={self.timesteps}: a radix count of more than {MAX_RADIX_STEPS} steps is not exact")
+        if self.margin is not None and not self.margin > 0:
+            raise ConfigError(f"margin={self.margin!r}: must be a positive number or None")
+        for pattern in self.skip:
+            _check_pattern(pattern)
+
+    def unavailable(self) -> list[str]:
+        """What this configuration asks for and this version cannot do, with what to use instead."""
+        return [
+            f"{name}={value!r} is not available in this version of fasfx: {instead}"
+            for (name, value), instead in _LATER.items()
+            if getattr(self, name) == value
+        ]
+
+    @property
+    def resolved_margin(self) -> float:
+        """Headroom over the calibrated maximum; 1 for dynamic thresholds, which no value exceeds."""
+        if self.margin is not None:
+            return self.margin
+        if self.resolved_granularity == "token":
+            return 1.0
+        return 4.0 if self.code == "multi" else 1 + self.timesteps / 16
+
+    @property
+    def resolved_granularity(self) -> str:
+        """The granularity in force."""
+        return self.granularity or ("tensor" if self.code == "multi" else "channel")
+
+    @property
+    def neuron(self) -> tuple[str, int, int]:
+        """(code, steps, levels): the arguments every neuron operator takes."""
+        return self.code, self.timesteps, self.levels
+
+    def replace(self, **changes: Any) -> SpikeConfig:
+        """A copy with some fields changed; unknown names raise ConfigError."""
+        known = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(set(changes) - known):
+            raise ConfigError(f"unknown field {', '.join(unknown)}: SpikeConfig has {', '.join(sorted(known))}")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def fas(cls, timesteps: int = 8, **changes: Any) -> SpikeConfig:
+        """The paper's recipe: rate code, synchronous, QCFS in the place of activation functions."""
+        recipe = {"code": "rate", "schedule": "synchronous", "coverage": "activation", "activation": "replace"}
+        return cls().replace(timesteps=timesteps, **(recipe | changes))
+
+    @classmethod
+    def low_latency(cls, timesteps: int = 5, **changes: Any) -> SpikeConfig:
+        """Multi code, all layers ticking together."""
+        return cls().replace(timesteps=timesteps, **({"schedule": "synchronous"} | changes))
+
+    @classmethod
+    def integer(cls, timesteps: int = 7, **changes: Any) -> SpikeConfig:
+        """Radix code and int8 weights: fewest spikes, fastest runtime."""
+        return cls().replace(timesteps=timesteps, **({"code": "radix", "weights": "int8"} | changes))
+
+
+def _check_integer(name: str, value: object, low: int, high: int | None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ConfigError(f"{name}={value!r}: must be a whole number {span}")
+
+
+def _check_pattern(pattern: object) -> None:
+    try:
+        re.compile(pattern)  # type: ignore[call-overload]
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"skip={pattern!r} is not a regular expression: {error}") from error

@@ -1,0 +1,126 @@
+"""Levels as data: what must hold of a program after each pass, checked by the runner."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fasfx import ops
+from fasfx.program import attribute, constants, describe, facts, module_path, operators
+from fasfx.synapses import operand, synapses
+
+aten = torch.ops.aten
+Complaint = tuple[Node, str]
+Check = Callable[[GraphModule], Iterator[Complaint]]
+
+
+@dataclass(frozen=True)
+class Level:
+    """name, the pass that makes it, what holds, and the checks that say so."""
+
+    name: str
+    made_by: str
+    meaning: str
+    checks: tuple[Check, ...] = ()
+
+
+def forbid(why: str, *targets: object) -> Check:
+    """No node has one of these targets."""
+
+    def check(gm: GraphModule) -> Iterator[Complaint]:
+        return ((node, why) for node in operators(gm) if node.target in targets)
+
+    return check
+
+
+def _no_mutation(gm: GraphModule) -> Iterator[Complaint]:
+    for node in operators(gm):
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            yield node, "changes its input in place"
+
+
+def _no_assertion(gm: GraphModule) -> Iterator[Complaint]:
+    for node in gm.graph.nodes:
+        if node.op == "call_module" or re.search(r"_assert|sym_constrain", str(node.target)):
+            yield node, "is an assertion or a guard"
+
+
+def _sites_observed(gm: GraphModule) -> Iterator[Complaint]:
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for site in facts(gm).sites.values():
+        if site.name in nodes and site.peak is None:
+            yield nodes[site.name], "is a site without a calibrated range"
+
+
+def carried_by(*neurons: object) -> Check:
+    """Every value that enters a synaptic operation comes out of one of these operators, or its module is skipped."""
+
+    def check(gm: GraphModule) -> Iterator[Complaint]:
+        for node, live in synapses(gm):
+            if is_skipped(gm, node):
+                continue
+            for position in live:
+                if operand(node.args[position]).target not in neurons:
+                    yield node, f"operand {position} is not carried by spikes"
+
+    return check
+
+
+def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
+    config, fixed = facts(gm).config, constants(gm)
+    top = ops.CODES[config.code].capacity(config.timesteps, config.levels)
+    for node in operators(gm):
+        if node.target is ops.fire.op and node.args[1] in fixed:
+            theta = node.args[1]
+            if theta.op != "get_attr" or bool((attribute(gm, str(theta.target)) != top).any()):
+                yield node, "has a static threshold that is not folded"
+
+
+def is_skipped(gm: GraphModule, node: Node) -> bool:
+    """Whether the user asked to leave this node's module as it is (SpikeConfig.skip)."""
+    path = module_path(node)
+    return any(re.search(pattern, path) for pattern in facts(gm).config.skip)
+
+
+_NORMAL = (
+    _no_mutation,
+    _no_assertion,
+    forbid("has a canonical form", aten.scaled_dot_product_attention.default, aten.addmm.default, aten.mm.default),
+    forbid("has a canonical form", aten.bmm.default, aten.baddbmm.default, aten.alias.default),
+)
+LEVELS: dict[str, Level] = {
+    level.name: level
+    for level in (
+        Level("CAPTURED", "capture", "torch.export ATen graph, same outputs as the model"),
+        Level("NORMAL", "normalise", "one spelling per operator", _NORMAL),
+        Level("RANGED", "observe", "every site has a calibrated range", (*_NORMAL, _sites_observed)),
+        Level("CLIPPED", "clip", "every site is quantised as its neuron will", (carried_by(ops.qcfs.op),)),
+        Level(
+            "SPIKING",
+            "substitute",
+            "every site is a spiking neuron",
+            (carried_by(ops.fire.op), forbid("is not a neuron yet", ops.qcfs.op)),
+        ),
+        Level(
+            "FOLDED",
+            "fold",
+            "spike counts travel, static thresholds live in the weights",
+            (carried_by(ops.fire.op, aten.mul.Tensor), _unit_thresholds),
+        ),
+        Level(
+            "LOWERED",
+            "lower",
+            "closed form of the sequential schedule",
+            (forbid("is not lowered", ops.fire.op, ops.qcfs.op, aten.dropout.default),),
+        ),
+    )
+}
+
+
+def violations(gm: GraphModule, level: Level) -> list[str]:
+    """What does not hold, one description per offending node."""
+    return [f"{describe(node)}: {why}" for check in level.checks for node, why in check(gm)]

@@ -1,0 +1,33 @@
+"""`fasfx::fire`: a spiking neuron, simulated step by step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasfx.ops.codes import CODES
+from fasfx.ops.library import LIBRARY, straight_through
+
+LIBRARY.define("fire(Tensor x, Tensor theta, str code, int steps, int levels, bool signed) -> Tensor")
+
+
+def fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: bool) -> Tensor:
+    """Send x as `steps` spikes and return their decoded sum, theta * n / N.
+
+    With theta = N (the code's capacity) the result is the spike count n itself: that is how `fold` writes it.
+
+    Shape:  x any, theta broadcastable to x; result like x.   Unit: that of x.
+    Error:  at most the code's bound for constant input, |x| <= theta, initial potential theta / 2.
+    Grad:   surrogate: that of clip(x, -theta or 0, theta).
+    Source: the code's row in fasfx.ops.codes.
+    """
+    row = CODES[code]
+    low, top = row.limits(steps, levels, signed)
+    u = x * (top / theta)
+    events = row.spikes(u.detach(), steps, levels, signed)
+    count = straight_through(row.decode(events, levels).to(u.dtype), u.clamp(low, top))
+    return count * (theta / top)
+
+
+LIBRARY.impl("fire", fire, "CompositeImplicitAutograd")
+op = torch.ops.fasfx.fire.default

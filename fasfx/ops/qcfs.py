@@ -1,0 +1,35 @@
+"""`fasfx::qcfs`: quantise, clip, floor, shift; the trainable stand-in of a spiking neuron."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasfx.ops.codes import CODES
+from fasfx.ops.library import LIBRARY, straight_through
+
+LIBRARY.define("qcfs(Tensor x, Tensor theta, str code, int steps, int levels, bool signed) -> Tensor")
+
+
+def qcfs(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: bool) -> Tensor:
+    """The value a neuron of threshold theta transmits for a constant input x.
+
+    For the rate code this is QCFS with L = steps: theta * clip(floor(x L / theta + 1/2) / L, -1 or 0, 1); for
+    the other codes it is their own closed form.
+
+    Shape:  x any, theta broadcastable to x; result like x.   Unit: that of x.
+    Error:  at most the code's bound for |x| <= theta.
+    Grad:   straight-through inside the range; d/dtheta is the rounding error inside, +-1 outside (LSQ).
+    Source: Bu et al., ICLR 2022, eq. 5; FAS stage I.
+    """
+    row = CODES[code]
+    low, top = row.limits(steps, levels, signed)
+    # In count units a gradient flows through x and theta both, so the learnable theta comes for free.
+    scale = top / theta
+    u = x * scale
+    count = straight_through(row.count(u.detach(), steps, levels, signed), u.clamp(low, top))
+    return count * (theta / top)
+
+
+LIBRARY.impl("qcfs", qcfs, "CompositeImplicitAutograd")
+op = torch.ops.fasfx.qcfs.default

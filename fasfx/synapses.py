@@ -1,0 +1,153 @@
+"""Which operators are synaptic: where spikes meet weights, and how many multiply-accumulates that replaces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fasfx.program import constants, fake
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Synapse:
+    """operands: argument positions that carry values.  macs: node -> multiply-accumulates (may be symbolic)."""
+
+    operands: tuple[int, ...]
+    macs: Callable[[Node], Any]
+
+
+def _linear_macs(node: Node) -> Any:
+    return math.prod(_shape(node)) * _shape(node.args[0])[-1]
+
+
+def _matmul_macs(node: Node) -> Any:
+    return math.prod(_shape(node)) * _shape(node.args[0])[-1]
+
+
+def _conv_macs(node: Node) -> Any:
+    return math.prod(_shape(node)) * math.prod(_shape(node.args[1])[1:])
+
+
+def _transposed_conv_macs(node: Node) -> Any:
+    return math.prod(_shape(node.args[0])) * math.prod(_shape(node.args[1])[1:])
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    value = fake(node)
+    return tuple(value.shape) if value is not None else ()
+
+
+_CONV, _TRANSPOSED = Synapse((0,), _conv_macs), Synapse((0,), _transposed_conv_macs)
+SYNAPSES: dict[Any, Synapse] = {
+    aten.linear.default: Synapse((0, 1), _linear_macs),
+    aten.matmul.default: Synapse((0, 1), _matmul_macs),
+    aten.conv1d.default: _CONV,
+    aten.conv2d.default: _CONV,
+    aten.conv3d.default: _CONV,
+    aten.conv1d.padding: _CONV,
+    aten.conv2d.padding: _CONV,
+    aten.conv_transpose1d.default: _TRANSPOSED,
+    aten.conv_transpose2d.input: _TRANSPOSED,
+}
+# Operators that multiply and accumulate, are not sent as spikes by this version, and must not go unreported.
+UNSUPPORTED_WORDS = ("grouped_mm", "einsum", "conv", "bmm", "addmv", "_mm", "lstm", "gru", "rnn", "attention", "bilinear")
+# Value-preserving operators a spike passes unchanged.
+RELAYS = (aten.dropout.default,)
+
+
+def operand(node: Any) -> Any:
+    """The value behind an operand: a relay such as dropout is looked through if only synapses read it."""
+    while isinstance(node, Node) and node.target in RELAYS and all(user.target in SYNAPSES for user in node.users):
+        node = node.args[0]
+    return node
+
+
+def synapses(gm: GraphModule) -> Iterator[tuple[Node, tuple[int, ...]]]:
+    """Synaptic nodes with the argument positions that carry values: operands that are not weights."""
+    fixed = constants(gm)
+    for node in gm.graph.nodes:
+        if (synapse := SYNAPSES.get(node.target)) is not None:
+            live = tuple(i for i in synapse.operands if i < len(node.args) and node.args[i] not in fixed)
+            if live and node not in fixed:
+                yield node, live
+
+
+def accumulations(value: Node) -> list[Node]:
+    """Plain sums of a value: synaptic operations whose weights are 1 (the denominator of deferred softmax)."""
+    return [user for user in value.users if user.target is aten.sum.dim_IntList]
+
+
+def channel_dims(node: Node, position: int) -> tuple[int, ...]:
+    """Dims of an operand, from the end, that keep a threshold of their own under granularity "channel".
+
+    linear: the features. conv: dim 1. matmul: the static one of the last two dims (features; the other is
+    positions) and the heads before them. Dims of unknown or single size never count.
+    """
+    value = fake(node.args[position])
+    assert value is not None
+    if node.target is aten.linear.default:
+        wanted = [-1]
+    elif node.target is aten.matmul.default:
+        wanted = [-3, -1 if position == 0 or _is_mixing(node) else -2]
+    else:
+        spatial = 1 if "1d" in str(node.target) else 3 if "3d" in str(node.target) else 2
+        wanted = [-1 - spatial]
+    return tuple(d for d in wanted if -d <= value.dim() and isinstance(value.shape[d], int) and value.shape[d] > 1)
+
+
+def _is_mixing(node: Node) -> bool:
+    """Whether a product sums over positions (scores times values) and not over features (queries times keys)."""
+    left = operand(node.args[0])
+    return isinstance(left, Node) and left.target in (aten.exp.default, aten.softmax.int)
+
+
+NON_NEGATIVE = {
+    aten.exp.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.softmax.int,
+    aten.abs.default,
+    aten.softplus.default,
+    aten.hardsigmoid.default,
+    aten.relu6.default,
+}
+MOVES = {
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.dropout.default,
+    aten.t.default,
+    aten.repeat.default,
+}
+
+
+def non_negative(node: Node) -> bool:
+    """Whether a value cannot be negative, by the operator that made it; data is not asked."""
+    while node.target in MOVES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.target in NON_NEGATIVE
+
+
+def reduce_peak(value: Tensor, channel: tuple[int, ...]) -> Tensor:
+    """Largest |value| over all dims but `channel`; the kept dims stay, the others have size 1."""
+    kept = {d % value.dim() for d in channel}
+    dims = [d for d in range(value.dim()) if d not in kept]
+    return value.abs().amax(dims, keepdim=True) if dims else value.abs()

@@ -1,0 +1,17 @@
+"""The passes in order: PIPELINE is the table of contents. One pass per file."""
+
+from __future__ import annotations
+
+if __name__ != "fasfx.passes":
+    raise ImportError("import fasfx.passes, not passes: the folder is mapped into the fasfx package")
+
+from fasfx.passes.clip import Clip
+from fasfx.passes.fold import Fold
+from fasfx.passes.lower import Lower
+from fasfx.passes.normalise import Normalise
+from fasfx.passes.observe import Observe
+from fasfx.passes.substitute import Substitute
+
+PIPELINE = (Normalise, Observe, Clip, Substitute, Fold, Lower)
+
+__all__ = ["PIPELINE", "Clip", "Fold", "Lower", "Normalise", "Observe", "Substitute"]

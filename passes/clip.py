@@ -1,0 +1,125 @@
+"""RANGED -> CLIPPED: every site passes through its code's closed form (QCFS for the rate code), trainable.
+
+x  ->  qcfs(x, theta): theta is a parameter, one per tensor or channel, or computed per row ("token").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fasfx import ops
+from fasfx.config import SpikeConfig
+from fasfx.ledger import Bound, Entry
+from fasfx.program import Site, add_tensor, facts, insert
+from fasfx.runner import Pass
+from fasfx.synapses import RELAYS, SYNAPSES, operand, synapses
+
+aten = torch.ops.aten
+CHANNEL_FLOOR = 1 / 8  # a channel's threshold is at least this share of the tensor's: unseen text wakes channels
+
+
+class Clip(Pass):
+    """Insert qcfs at every site.
+
+    Error:  the code's bound, for |x| <= theta; `margin` is what keeps unseen values inside.
+    Source: Bu et al., ICLR 2022; the other codes' papers in fasfx.ops.codes.
+    """
+
+    name, takes, gives, numerics = "clip", "RANGED", "CLIPPED", "ledger"
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """One qcfs per site, read by its synaptic users only: residual paths keep the value itself."""
+        config = facts(gm).config
+        code = ops.CODES[config.code]
+        theta = thresholds(gm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        for site in facts(gm).sites.values():
+            value = nodes[site.name]
+            before = next(n for n in _from(value.next) if n.op != "placeholder")
+            if config.resolved_granularity == "token" and site.fixed is None:
+                threshold, top = _per_row(gm, value, before, config.resolved_margin), None
+            else:
+                threshold = add_tensor(gm, f"theta_{site.name}", theta[site.name], before, trainable=True)
+                top = float(theta[site.name].max())
+            clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *config.neuron, site.signed)
+            clipped.meta["site"] = site.name
+            for user in _spiking_users(gm, value, site):
+                user.replace_input_with(value, clipped)
+            bound = Bound(code.bound, "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"))
+            value_at = code.error_bound(top, config.timesteps, config.levels) if top else None
+            facts(gm).ledger.add(Entry(self.name, f"{config.code}_neuron", value.name, site.module, bound, value_at))
+        return bool(facts(gm).sites)
+
+
+def _from(node: Node) -> Iterator[Node]:
+    while True:
+        yield node
+        node = node.next
+
+
+def _spiking_users(gm: GraphModule, value: Node, site: Site) -> list[Node]:
+    """Users that meet the value as spikes: synapses, relays to synapses, and sums of a deferred softmax."""
+    targets = set(SYNAPSES) | ({aten.sum.dim_IntList} if site.fixed is not None else set())
+    relays = [user for user in value.users if user.target in RELAYS and operand(user) is value]
+    return [user for user in value.users if user.target in targets] + relays
+
+
+def _per_row(gm: GraphModule, value: Node, before: Node, margin: float) -> Node:
+    """The dynamic threshold of each row: largest |x| over the last dim, times margin."""
+    peak = insert(gm, before, value, aten.amax.default, insert(gm, before, value, aten.abs.default, value), [-1], True)
+    scaled = peak if margin == 1 else insert(gm, before, value, aten.mul.Tensor, peak, margin)
+    return insert(gm, before, value, aten.clamp.default, scaled, torch.finfo(torch.float32).tiny)
+
+
+def thresholds(gm: GraphModule) -> dict[str, Tensor]:
+    """theta of every site with a static threshold; the products' constraint on channels holds."""
+    config = facts(gm).config
+    theta = {name: _threshold(site, config) for name, site in facts(gm).sites.items()}
+    if config.resolved_granularity == "channel":
+        for node, live in synapses(gm):
+            if node.target is aten.matmul.default and len(live) == 2:
+                _couple(theta, node)
+    return theta
+
+
+def _threshold(site: Site, config: SpikeConfig) -> Tensor:
+    assert site.peak is not None
+    if site.fixed is not None:
+        return torch.full_like(site.peak.amax(), site.fixed)
+    seen = site.tail if config.threshold == "percentile" else site.peak
+    assert seen is not None
+    whole = seen.amax()
+    theta = torch.maximum(seen, whole * CHANNEL_FLOOR) if config.resolved_granularity == "channel" else whole
+    theta = theta * config.resolved_margin
+    return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold
+
+
+def _couple(theta: dict[str, Tensor], node: Node) -> None:
+    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum."""
+    names = [operand(arg).name for arg in node.args]
+    if not all(name in theta for name in names):
+        return
+    a, b = (theta[name] for name in names)
+    per_channel = (a.dim() >= 1 and a.shape[-1] > 1, b.dim() >= 2 and b.shape[-2] > 1)
+    if all(per_channel):
+        product = a * b.transpose(-1, -2)
+        factor = (product.amax(-1, keepdim=True) / product).sqrt()
+        theta[names[0]], theta[names[1]] = a * factor, b * factor.transpose(-1, -2)
+    elif per_channel[0]:
+        theta[names[0]] = a.amax(-1, keepdim=True)
+    elif per_channel[1]:
+        theta[names[1]] = b.amax(-2, keepdim=True)
+
+
+def stored_thresholds(gm: GraphModule) -> dict[str, Any]:
+    """Name of every qcfs node -> its threshold parameter (absent where it is computed per row)."""
+    found = {}
+    for node in gm.graph.find_nodes(op="call_function", target=ops.qcfs.op):
+        if node.args[1].op == "get_attr":
+            found[node.args[0].name] = getattr(gm, node.args[1].target)
+    return found

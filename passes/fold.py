@@ -1,0 +1,160 @@
+"""SPIKING -> FOLDED: spike counts travel; thresholds and scales live in the neighbouring weights.
+
+fire(x, theta)  ->  fire(x * N / theta, N) = n, an integer; theta / N moves on into what reads n:
+linear and convolution take it into their weights, products and sums pass it to their output. The factor
+N / theta moves back into what made x where only the neuron reads it: norm weights, linear rows, other factors.
+What cannot move stays an explicit multiplication and is noted with the reason.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fasfx import ops
+from fasfx.program import Declined, add_tensor, attribute, constants, facts, insert
+from fasfx.runner import Pass
+from fasfx.scales import Scaler, strip
+from fasfx.synapses import RELAYS, operand
+
+aten = torch.ops.aten
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONVOLUTIONS += (aten.conv1d.padding, aten.conv2d.padding)
+
+
+class Fold(Pass):
+    """Unit thresholds: exact up to float rounding of scaled weights.
+
+    Rules, in order: neuron_to_unit, scale_to_reader, scale_to_maker.
+    """
+
+    name, takes, gives = "fold", "SPIKING", "FOLDED"
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """Make every static neuron a unit neuron, then move both scales away."""
+        fixed = constants(gm)
+        neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if n.args[1] in fixed]
+        scales = dict(neuron_to_unit(gm, node) for node in neurons)
+        scaler = Scaler(gm)
+        for unit, scale in scales.items():
+            for reader, relay in _readers(unit):
+                if not scale_to_reader(gm, scaler, scales, unit, scale, reader):
+                    _decode_before(gm, unit, scale, relay)
+        for unit in scales:
+            scale_to_maker(gm, scaler, unit)
+        return bool(neurons)
+
+
+def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
+    """fire(x, theta) -> fire(x * N / theta, N); returns the unit neuron and theta / N, still to be placed."""
+    x, theta_node, *neuron, signed = node.args
+    assert isinstance(theta_node, Node)
+    theta = strip(attribute(gm, str(theta_node.target)).detach().clone())
+    config = facts(gm).config
+    top = ops.CODES[config.code].capacity(config.timesteps, config.levels)
+    up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
+    Scaler(gm).set_factor(up, top / theta)
+    one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)
+    unit = insert(gm, node, node, ops.fire.op, up, one, *neuron, signed)
+    node.replace_all_uses_with(unit)
+    gm.graph.erase_node(node)
+    return unit, theta / top
+
+
+def _readers(unit: Node) -> list[tuple[Node, Node]]:
+    """(node that computes with the counts, node that takes them directly): they differ by a relay (dropout)."""
+    found: list[tuple[Node, Node]] = []
+    for user in unit.users:
+        if user.target in RELAYS and operand(user) is unit:
+            found += [(reader, reader) for reader in user.users]
+        else:
+            found.append((user, user))
+    return found
+
+
+def scale_to_reader(
+    gm: GraphModule, scaler: Scaler, scales: dict[Node, Tensor], unit: Node, scale: Tensor, reader: Node
+) -> bool:
+    """Move theta / N behind the synaptic operation that reads the counts; False if it cannot leave the sum."""
+    if reader.target is aten.linear.default and scaler.is_fixed(reader.args[1]) and scale.dim() <= 1:
+        scaler.scale_weight(reader, 1, scale)
+        return True
+    if reader.target in _CONVOLUTIONS and (by := _per_input_channel(reader, scale)) is not None:
+        scaler.scale_weight(reader, 1, by)
+        return True
+    if reader.target is aten.sum.dim_IntList and scale.dim() == 0:
+        _multiply_output(gm, scaler, reader, scale)
+        return True
+    if reader.target is aten.matmul.default:
+        left, right = operand(reader.args[0]), operand(reader.args[1])
+        if unit is right and left in scales and left is not right:
+            return True  # done together with the left operand, or decoded below if that declined
+        outer = product_scale(scales.get(left), scales.get(right))
+        if outer is not None:
+            _multiply_output(gm, scaler, reader, outer)
+            return True
+        if left in scales and right in scales and left is not right:
+            _decode_before(gm, right, scales[right], reader)
+    return False
+
+
+def product_scale(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """The scale of a product from those of its operands; None if it differs between summed channels.
+
+    left [.., 1, D or 1], right [.., D or 1, E or 1]  ->  [.., 1, E or 1].
+    """
+    a, b = (torch.ones(1, 1) if s is None else s.reshape(*[1] * max(0, 2 - s.dim()), *s.shape) for s in (left, right))
+    a, b = a.to(b.device), b.to(a.device)
+    summed = a.transpose(-1, -2) * b
+    first = summed.narrow(-2, 0, 1)
+    if a.shape[-2] > 1 or not torch.allclose(summed, first.expand_as(summed), rtol=1e-5, atol=0):
+        return None
+    return strip(first)
+
+
+def _per_input_channel(node: Node, scale: Tensor) -> Tensor | None:
+    """A scale per input channel in the layout of a convolution's weight [out, in / groups, ...]."""
+    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+    if scale.dim() == 0:
+        return scale
+    if scale.numel() != scale.shape[0]:
+        return None
+    groups = int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+    rows = scale.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
+    return rows.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
+
+
+def _multiply_output(gm: GraphModule, scaler: Scaler, node: Node, scale: Tensor) -> None:
+    users = list(node.users)
+    product = insert(gm, node.next, node, aten.mul.Tensor, node, 1.0)
+    for user in users:
+        user.replace_input_with(node, product)
+    scaler.set_factor(product, scale)
+
+
+def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> None:
+    """The scale cannot leave the sum: decode the counts just before this reader."""
+    decoded = insert(gm, reader, unit, aten.mul.Tensor, unit, 1.0)
+    Scaler(gm).set_factor(decoded, scale)
+    for arg in list(reader.all_input_nodes):
+        if operand(arg) is unit:
+            reader.replace_input_with(arg, decoded)
+    facts(gm).declined.append(Declined("fold", "scale_to_reader", reader.name, "the scale differs between summed channels"))
+
+
+def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:
+    """Move N / theta into what made the neuron's input, if nothing else reads that."""
+    up = unit.args[0]
+    assert isinstance(up, Node)
+    x = up.args[0]
+    assert isinstance(x, Node)
+    factor = up.args[1]
+    scale = torch.tensor(factor) if isinstance(factor, float) else attribute(gm, str(factor.target))  # type: ignore[union-attr]
+    if scaler.absorb(x, scale):
+        x = up.args[0]
+        up.replace_all_uses_with(x)
+        gm.graph.erase_node(up)
+        return
+    why = "others read the value too" if len(x.users) > 1 else f"a factor does not move through {x.target}"
+    facts(gm).declined.append(Declined("fold", "scale_to_maker", unit.name, why))

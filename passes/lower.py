@@ -1,0 +1,48 @@
+"""FOLDED -> LOWERED: the sequential schedule in closed form, one pass through the graph instead of T.
+
+fire(u, N)  ->  count(u)            (static thresholds: u is in count units)
+fire(x, theta)  ->  count(x * (N / theta)) * (theta / N)   (dynamic thresholds)
+Dropout goes: a lowered program is for inference.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fasfx import ops
+from fasfx.program import constants, facts, insert
+from fasfx.runner import Pass
+
+aten = torch.ops.aten
+
+
+class Lower(Pass):
+    """Neurons become their closed form; exact, because every neuron of a sequential network sees constant input."""
+
+    name, takes, gives = "lower", "FOLDED", "LOWERED"
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """Replace every neuron; remove dropout."""
+        fixed = constants(gm)
+        for node in gm.graph.find_nodes(op="call_function", target=ops.fire.op):
+            unit = node.args[1] in fixed
+            node.replace_all_uses_with(_unit_count(gm, node) if unit else _scaled_count(gm, node))
+            gm.graph.erase_node(node)
+        for node in gm.graph.find_nodes(op="call_function", target=aten.dropout.default):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
+        return True
+
+
+def _unit_count(gm: GraphModule, node: Node) -> Node:
+    return insert(gm, node, node, ops.count.op, node.args[0], *node.args[2:])
+
+
+def _scaled_count(gm: GraphModule, node: Node) -> Node:
+    x, theta, code, steps, levels, signed = node.args
+    top = ops.CODES[str(code)].capacity(facts(gm).config.timesteps, facts(gm).config.levels)
+    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(top))
+    u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
+    count = insert(gm, node, node, ops.count.op, u, code, steps, levels, signed)
+    return insert(gm, node, node, aten.mul.Tensor, count, per_unit)

@@ -1,0 +1,261 @@
+"""CAPTURED -> NORMAL: one spelling per operator; nothing but float rounding changes.
+
+Rules: addmm, mm, bmm, baddbmm become linear or matmul; RMSNorm and tanh-GELU written out in primitives become
+one operator; scaled dot-product attention is written out with deferred normalisation. Assertions, guards,
+aliases and conversions that convert nothing go.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node, Proxy
+
+from fasfx.program import fake
+from fasfx.rewrite import proxy, replace, rewrite
+from fasfx.runner import Pass
+
+aten = torch.ops.aten
+
+
+@rewrite(into=lambda bias, x, weight: aten.linear.default(x, aten.t.default(weight), bias))
+def addmm_to_linear(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """bias + x @ weight is a linear layer.  Shape: x [M, K], weight [K, N] -> [M, N].  Exact."""
+    return aten.addmm.default(bias, x, weight)
+
+
+@rewrite(into=lambda x, y: aten.matmul.default(x, y))
+def mm_to_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Two-dimensional product.  Exact."""
+    return aten.mm.default(x, y)
+
+
+@rewrite(into=lambda x, y: aten.matmul.default(x, y))
+def bmm_to_matmul(x: Tensor, y: Tensor) -> Tensor:
+    """Batched product.  Exact."""
+    return aten.bmm.default(x, y)
+
+
+@rewrite(into=lambda add, x, y: aten.add.Tensor(add, aten.matmul.default(x, y)))
+def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Batched product added to a tensor, with unit alpha and beta.  Exact."""
+    return aten.baddbmm.default(add, x, y)
+
+
+@rewrite(
+    into=lambda x, weight, eps: aten.rms_norm.default(x, [_last(x)], weight, eps),
+    when=lambda x, weight, power, dims: _is_rms_norm(x, weight, power, dims),
+)
+def primitives_to_rms_norm(x: Tensor, weight: Tensor, eps: float, power: int, dims: list[int]) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps) over the last dim.  Source: Zhang & Sennrich 2019.  Exact."""
+    mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, power), dims, True)
+    return aten.mul.Tensor(weight, aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, eps))))
+
+
+@rewrite(
+    into=lambda x, weight, eps: aten.rms_norm.default(x, [_last(x)], weight, eps),
+    when=lambda x, weight, power, dims: _is_rms_norm(x, weight, power, dims),
+)
+def primitives_to_rms_norm_weight_last(x: Tensor, weight: Tensor, eps: float, power: int, dims: list[int]) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight: the other order of the product.  Exact."""
+    mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, power), dims, True)
+    return aten.mul.Tensor(aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, eps))), weight)
+
+
+@rewrite(
+    into=lambda x: aten.gelu.default(x, approximate="tanh"),
+    when=lambda half, cubic, power, root, one: _is_gelu(half, cubic, power, root, one),
+)
+def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, root: float, one: float) -> Tensor:
+    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).  Source: Hendrycks & Gimpel 2016.  Exact."""
+    inner = aten.add.Tensor(x, aten.mul.Tensor(aten.pow.Tensor_Scalar(x, power), cubic))
+    tanh = aten.tanh.default(aten.mul.Tensor(inner, root))
+    return aten.mul.Tensor(aten.mul.Tensor(x, half), aten.add.Tensor(tanh, one))
+
+
+@rewrite(into=lambda q, k, v, mask, scale: aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale))
+def zeroed_attention_to_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, low: float, one: int, zero: Tensor, scale: float
+) -> Tensor:
+    """Attention whose fully masked rows are set to zero by hand: ours gives zeros there anyway.  Exact."""
+    kept = aten.to.dtype(mask, torch.float32)
+    added = aten.mul.Tensor(aten.to.dtype(aten.bitwise_not.default(mask), torch.float32), low)
+    empty = aten.lt.Scalar(aten.sum.dim_IntList(kept, [-1], True), one)
+    attended = aten.scaled_dot_product_attention.default(q, k, v, added, scale=scale)
+    return aten.where.self(empty, zero, attended)
+
+
+def _last(x: Proxy) -> int:
+    value = fake(x.node)
+    assert value is not None
+    return int(value.shape[-1])
+
+
+def _is_rms_norm(x: Node, weight: Any, power: Any, dims: Any) -> bool | str:
+    value, scale = fake(x), fake(weight)
+    if power != 2 or list(dims) not in ([-1], [value.dim() - 1 if value is not None else -1]):
+        return f"mean of x^{power} over dims {dims} is no RMSNorm"
+    if value is None or scale is None or scale.dim() != 1 or scale.shape[0] != value.shape[-1]:
+        return "the weight has not one element per feature"
+    return True
+
+
+def _is_gelu(half: Any, cubic: Any, power: Any, root: Any, one: Any) -> bool | str:
+    expected = (0.5, 0.044715, 3.0, math.sqrt(2 / math.pi), 1.0)
+    found = (half, cubic, power, root, one)
+    same = all(isinstance(f, float | int) and math.isclose(f, e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True))
+    return same or f"constants {found} are not those of tanh-GELU"
+
+
+class Normalise(Pass):
+    """One spelling per operator."""
+
+    name, takes, gives = "normalise", "CAPTURED", "NORMAL"
+    rules = (
+        addmm_to_linear,
+        mm_to_matmul,
+        bmm_to_matmul,
+        baddbmm_to_matmul,
+        primitives_to_rms_norm,
+        primitives_to_rms_norm_weight_last,
+        primitives_to_tanh_gelu,
+        zeroed_attention_to_attention,
+    )
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """Clean, apply the rules, then write attention out."""
+        changed = remove_assertions(gm)
+        changed |= remove_identities(gm)
+        changed |= super().rewrite(gm)
+        for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            attention_to_products(gm, node)
+            changed = True
+        for node in gm.graph.find_nodes(op="call_function", target=aten.softmax.int):
+            changed |= softmax_to_deferred(gm, node)
+        return changed
+
+
+def remove_assertions(gm: GraphModule) -> bool:
+    """Assertions and guards state what capture has checked already."""
+    gone = [n for n in gm.graph.nodes if n.op == "call_module" or re.search(r"_assert|sym_constrain", str(n.target))]
+    for node in reversed(gone):
+        gm.graph.erase_node(node)
+    return bool(gone)
+
+
+def remove_identities(gm: GraphModule) -> bool:
+    """Aliases, detaches and conversions to the dtype and device a value already has."""
+    same = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default)
+    convert = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default)
+    gone = [
+        n
+        for n in gm.graph.nodes
+        if n.target in same or (n.target in convert and _unchanged(n)) or (n.target is aten.slice.Tensor and _whole(n))
+    ]
+    for node in gone:
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+    return bool(gone)
+
+
+def _unchanged(node: Node) -> bool:
+    before, after = fake(node.args[0]), fake(node)
+    return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def _whole(node: Node) -> bool:
+    """A slice from the start to the end of a dim: [:]."""
+    start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
+    return start in (None, 0) and (end is None or end == 2**63 - 1) and step == 1
+
+
+def attention_to_products(gm: GraphModule, node: Node) -> None:
+    """sdpa(q, k, v) = softmax(q k' scale + mask) v, with the softmax kept whole; see softmax_to_deferred.
+
+    Shape: q [.., Lq, D], k [.., Lk, D], v [.., Lk, E] -> [.., Lq, E].  Exact.
+    """
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    q, k, v = (proxy(gm, given[name]) for name in names[:3])
+    features = fake(given["query"])
+    assert features is not None
+    scale = given.get("scale") or 1 / math.sqrt(features.shape[-1])
+
+    def build() -> Any:
+        keys, values = k, v
+        if given.get("enable_gqa"):
+            keys, values = (_repeat_heads(x, features.shape[-3] // fake(x.node).shape[-3]) for x in (k, v))  # type: ignore[union-attr]
+        scores = aten.matmul.default(aten.mul.Tensor(q, scale), aten.transpose.int(keys, -2, -1))
+        if (mask := given.get("attn_mask")) is not None:
+            scores = _masked(scores, proxy(gm, mask), fake(mask))
+        elif given.get("is_causal"):
+            scores = _masked(scores, _causal(q, k), torch.empty(0, dtype=torch.bool))
+        weights = aten.softmax.int(scores, -1)
+        if given.get("dropout_p"):
+            weights = aten.dropout.default(weights, given["dropout_p"], True)
+        return aten.matmul.default(weights, values)
+
+    replace(gm, node, build)
+
+
+def _masked(scores: Any, mask: Proxy, value: Tensor | None) -> Any:
+    if value is not None and value.dtype == torch.bool:
+        return aten.where.ScalarOther(mask, scores, -math.inf)
+    return aten.add.Tensor(scores, mask)
+
+
+def _causal(q: Proxy, k: Proxy) -> Any:
+    device = fake(q.node).device  # type: ignore[union-attr]
+    rows, columns = (aten.arange.default(aten.sym_size.int(x, -2), device=device) for x in (q, k))
+    return aten.le.Tensor(columns, aten.unsqueeze.default(rows, -1))
+
+
+def _repeat_heads(x: Any, groups: int) -> Any:
+    return aten.repeat_interleave.self_int(x, groups, -3) if groups > 1 else x
+
+
+def softmax_to_deferred(gm: GraphModule, node: Node) -> bool:
+    """softmax(s) v = (e v) / sum(e) with e = exp(s - max s): what travels is e in [0, 1], not small probabilities.
+
+    The maximum is bounded below and the sum by 1 (its value where anything is attended), so that fully masked
+    rows give zeros. Applies to a softmax over the last dim that enters a product; other users get e / sum(e).
+    Shape: s [.., Lq, Lk], v [.., Lk, E].  Exact.
+    """
+    value = fake(node)
+    if value is None or node.args[1] not in (-1, value.dim() - 1) or len(node.args) > 2 and node.args[2] is not None:
+        return False
+    products = [(path, user) for path, user in _product_users(node)]
+    if not products:
+        return False
+    with gm.graph.inserting_before(node):
+        s = proxy(gm, node.args[0])  # type: ignore[arg-type]
+        low = torch.finfo(value.dtype).min
+        e = aten.exp.default(aten.sub.Tensor(s, aten.clamp.default(aten.amax.default(s, [-1], True), low)))
+        total = aten.clamp.default(aten.sum.dim_IntList(e, [-1], True), 1)
+    for relay, product in products:
+        weights = (lambda: aten.dropout.default(e, *relay.args[1:])) if relay is not None else (lambda: e)
+        replace(
+            gm,
+            product,
+            lambda w=weights, p=product: aten.div.Tensor(aten.matmul.default(w(), proxy(gm, p.args[1])), total),  # type: ignore[misc]
+        )
+    replace(gm, node, lambda: aten.div.Tensor(e, total))
+    for late in (s_node for s_node in gm.graph.nodes if "val" not in s_node.meta):
+        late.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+        late.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
+    return True
+
+
+def _product_users(node: Node) -> list[tuple[Node | None, Node]]:
+    """(dropout or None, product) for every product whose left operand is this softmax."""
+    found: list[tuple[Node | None, Node]] = []
+    for user in node.users:
+        if user.target is aten.matmul.default and user.args[0] is node:
+            found.append((None, user))
+        if user.target is aten.dropout.default:
+            found += [(user, u) for u in user.users if u.target is aten.matmul.default and u.args[0] is user]
+    return found

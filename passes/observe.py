@@ -1,0 +1,113 @@
+"""NORMAL -> RANGED: calibration batches stream through the program and every site learns its range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from fasfx.errors import CalibrationError
+from fasfx.levels import is_skipped
+from fasfx.program import Site, describe, facts, module_path
+from fasfx.runner import Pass
+from fasfx.synapses import channel_dims, non_negative, operand, reduce_peak, synapses
+
+aten = torch.ops.aten
+TAIL = 0.999  # threshold="percentile" takes this quantile of |value|
+MAX_TAIL_SAMPLES = 2**20  # per batch and channel row
+
+
+class Observe(Pass):
+    """Finds the sites, runs the batches, keeps peaks and tails. Nothing in the graph changes.
+
+    batches: model inputs by name; streamed, one in memory at a time.
+    on_batch: called after each batch with the number done (progress).
+    Raises CalibrationError for no batches at all and for NaN or infinity at a site, naming batch, node and line.
+    """
+
+    name, takes, gives = "observe", "NORMAL", "RANGED"
+
+    def __init__(self, batches: Iterable[dict[str, Any]], on_batch: Callable[[int], None] | None = None) -> None:
+        self._batches, self._on_batch = batches, on_batch
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """Fill `facts(gm).sites`."""
+        facts(gm).sites = find_sites(gm)
+        watcher, done = _Watcher(gm), 0
+        for batch in self._batches:
+            watcher.batch = done
+            with torch.no_grad():
+                watcher.run(*batch.values())
+            done += 1
+            if self._on_batch:
+                self._on_batch(done)
+        if not done:
+            raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
+        return False
+
+
+def find_sites(gm: GraphModule) -> dict[str, Site]:
+    """Every value that enters a synaptic operation, once, in the order of the graph."""
+    sites: dict[str, Site] = {}
+    for node, live in synapses(gm):
+        if is_skipped(gm, node):
+            continue
+        for position in live:
+            value = operand(node.args[position])
+            channel = channel_dims(node, position)
+            if value.name in sites:
+                kept = set(sites[value.name].channel) & set(channel)
+                sites[value.name].channel = tuple(d for d in channel if d in kept)
+                continue
+            bounded = value.target is aten.exp.default and any(u.target is aten.sum.dim_IntList for u in value.users)
+            sites[value.name] = Site(
+                value.name,
+                module_path(value),
+                () if bounded else channel,
+                not non_negative(value),
+                fixed=1.0 if bounded else None,
+            )
+    return sites
+
+
+class _Watcher(Interpreter):  # type: ignore[misc]
+    """Runs a program and records the range of every site."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self._sites, self.batch = facts(gm).sites, 0
+        self._tails = facts(gm).config.threshold == "percentile"
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if (site := self._sites.get(n.name)) is not None:
+            self._record(site, value, n)
+        return value
+
+    def _record(self, site: Site, value: Tensor, node: Node) -> None:
+        depth = max((-d for d in site.channel), default=0)
+        peak = reduce_peak(value, site.channel)
+        peak = peak.reshape(peak.shape[peak.dim() - depth :])
+        if not bool(torch.isfinite(peak).all()):
+            raise CalibrationError(
+                f"calibration batch {self.batch} gives NaN or infinity at {describe(node)}\n"
+                "  check that batch's inputs and the model's weights"
+            )
+        site.peak = peak if site.peak is None else torch.maximum(site.peak, peak)
+        if self._tails:
+            tail = _tail(value, site.channel).reshape(peak.shape)
+            site.tail = tail if site.tail is None else torch.maximum(site.tail, tail)
+
+
+def _tail(value: Tensor, channel: tuple[int, ...]) -> Tensor:
+    """The TAIL quantile of |value| per channel; on an even subsample where there are very many values."""
+    kept = [d % value.dim() for d in channel]
+    rest = [d for d in range(value.dim()) if d not in kept]
+    rows = value.abs().permute(*sorted(kept), *rest).reshape(*[value.shape[d] for d in sorted(kept)], -1)
+    stride = max(1, rows.shape[-1] // MAX_TAIL_SAMPLES)
+    rows = rows[..., ::stride]
+    rank = max(1, round(TAIL * rows.shape[-1]))
+    return torch.kthvalue(rows, rank, dim=-1).values

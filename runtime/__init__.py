@@ -1,0 +1,11 @@
+"""Running spiking networks: spike trains and ONNX Runtime."""
+
+from __future__ import annotations
+
+if __name__ != "fasfx.runtime":
+    raise ImportError("import fasfx.runtime, not runtime: the folder is mapped into the fasfx package")
+
+from fasfx.runtime.onnx import OnnxModel
+from fasfx.runtime.spikes import SpikeTrain
+
+__all__ = ["OnnxModel", "SpikeTrain"]

@@ -1,0 +1,26 @@
+"""The written documentation: links lead somewhere, the README starts as promised."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_relative_links_resolve(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose)]
+    local = [target for target in targets if target and "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_readme_starts_with_two_self_contained_lines() -> None:
+    block = re.search(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    demo, tests = block[1].splitlines()
+    setup = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt "
+    assert demo.startswith(setup) and demo.endswith("fasfx demo")
+    assert tests.startswith(setup) and tests.endswith("pytest")
