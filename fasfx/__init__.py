@@ -7,7 +7,8 @@
 from fasfx import errors, passes, runtime
 from fasfx.config import SpikeConfig
 from fasfx.convert import convert
+from fasfx.equivalence import Equivalence, check
 from fasfx.model import SpikingModel
 
 __version__ = "0.1.0"
-__all__ = ["SpikeConfig", "SpikingModel", "convert", "errors", "passes", "runtime"]
+__all__ = ["Equivalence", "SpikeConfig", "SpikingModel", "check", "convert", "errors", "passes", "runtime"]

@@ -136,18 +136,22 @@ def _tokenizer(folder: str) -> Any | None:
 
 
 def _decoder_inputs(model: nn.Module, input_ids: Tensor) -> Batch:
-    return {"decoder_input_ids": input_ids[:, : max(2, input_ids.shape[1] // 2)]} if model.config.is_encoder_decoder else {}
+    return (
+        {"decoder_input_ids": input_ids[:, : max(2, input_ids.shape[1] // 2)]}
+        if model.config.is_encoder_decoder
+        else {}
+    )
 
 
 def _random_batch(model: nn.Module, seed: int) -> Batch:
     config, generator = model.config, torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_ids":
-        limit = min(16, getattr(config, "max_position_embeddings", None) or 16)
-        ids = torch.randint(0, config.get_text_config().vocab_size, (4, limit), generator=generator)
+        limit = min(11, getattr(config, "max_position_embeddings", None) or 11)
+        ids = torch.randint(0, config.get_text_config().vocab_size, (3, limit), generator=generator)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return batch | _decoder_inputs(model, ids) | without_cache(model)
     if model.main_input_name == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
-        return {"pixel_values": torch.randn(4, getattr(config, "num_channels", 3), size, size, generator=generator)}
+        return {"pixel_values": torch.randn(3, getattr(config, "num_channels", 3), size, size, generator=generator)}
     raise CalibrationError(
         f"fasfx cannot tell the inputs of {type(model).__name__} from its config: pass calibration=[example inputs, ...]"
     )

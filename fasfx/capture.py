@@ -66,32 +66,46 @@ def dynamic_shapes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
 
 
 def _export_refining(model: nn.Module, tensors: Inputs, constants: Inputs) -> ExportedProgram:
-    """Export, taking over the limits torch.export finds (a maximum length, a fixed size) until it is content."""
+    """Export, taking over the limits torch.export finds (a maximum length, a fixed size) until it is content.
+
+    A condition on shapes that is no such limit (a length that must differ from another) is checked at run time.
+    """
     shapes: Any = dynamic_shapes(tensors)
+    defer = False
     for _ in range(MAX_REFINEMENTS):
         try:
-            return _export(model, tensors, constants, shapes)
+            return _export(model, tensors, constants, shapes, defer)
         except torch._dynamo.exc.UserError as error:
             message = str(error).split("\n\n")[0]
-            if "Suggested fixes" not in message:
+            if "Suggested fixes" in message:
+                shapes = refine_dynamic_shapes_from_suggested_fixes(message, shapes)
+            elif not defer:
+                defer = True
+            else:
                 raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {message}") from error
-            shapes = refine_dynamic_shapes_from_suggested_fixes(message, shapes)
         except Exception as error:
             raise CaptureError(f"cannot capture {type(model).__name__}: {str(error).splitlines()[0]}") from error
     raise CaptureError(f"torch.export found no shapes for {type(model).__name__} after {MAX_REFINEMENTS} refinements")
 
 
-def _export(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any) -> ExportedProgram:
+def _export(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any, defer: bool) -> ExportedProgram:
     if is_hugging_face(model):
         from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-        settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+        settings = DynamoConfig(dynamic=True, dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=defer)
         program = DynamoExporter().export(model, {**tensors, **constants}, settings).program
         assert isinstance(program, ExportedProgram)
         return program
     with torch.no_grad():
         every = shapes | dict.fromkeys(constants)
-        return torch.export.export(model, (), {**tensors, **constants}, dynamic_shapes=every, strict=False)
+        return torch.export.export(
+            model,
+            (),
+            {**tensors, **constants},
+            dynamic_shapes=every,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=defer,
+        )
 
 
 def is_hugging_face(model: nn.Module) -> bool:

@@ -38,7 +38,11 @@ def save(model: SpikingModel, folder: Path) -> None:
     program = facts(model.ranged)
     tensors, aliases = _unique(_tensors(model.ranged))
     for site in program.sites.values():
-        tensors |= {f"{_RANGES}.{site.name}.{key}": t.contiguous() for key in ("peak", "tail") if (t := getattr(site, key)) is not None}
+        tensors |= {
+            f"{_RANGES}.{site.name}.{key}": t.contiguous()
+            for key in ("peak", "tail")
+            if (t := getattr(site, key)) is not None
+        }
     with written_beside(folder) as staging:
         (staging / GRAPH).write_text(text(model.ranged), encoding="utf-8")
         save_file(tensors, staging / WEIGHTS)
@@ -111,7 +115,10 @@ def _unique(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
         if key in seen:
             aliases[name] = seen[key]
         else:
-            seen[key], kept[name] = name, tensor.contiguous().clone() if not tensor.is_contiguous() else tensor
+            seen[key], kept[name] = (
+                name,
+                tensor.contiguous().clone() if not tensor.is_contiguous() else tensor,
+            )
     return kept, aliases
 
 

@@ -43,7 +43,8 @@ class SpikeConfig:
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
     nonlinear:   "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
-    margin:      headroom; None: 4 for multi (two of its levels), 1 + timesteps / 16 else.
+    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, timesteps / 5 (at least 1) for radix,
+                 whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else.
     skip:        regular expressions (re.search) on module paths whose operators stay as they are.
@@ -74,7 +75,9 @@ class SpikeConfig:
         for name, low, high in (("timesteps", 1, None), ("levels", 1, MAX_LEVELS)):
             _check_integer(name, getattr(self, name), low, high)
         if self.code == "radix" and self.timesteps > MAX_RADIX_STEPS:
-            raise ConfigError(f"timesteps={self.timesteps}: a radix count of more than {MAX_RADIX_STEPS} steps is not exact")
+            raise ConfigError(
+                f"timesteps={self.timesteps}: a radix count of more than {MAX_RADIX_STEPS} steps is not exact"
+            )
         if self.margin is not None and not self.margin > 0:
             raise ConfigError(f"margin={self.margin!r}: must be a positive number or None")
         for pattern in self.skip:
@@ -95,7 +98,7 @@ class SpikeConfig:
             return self.margin
         if self.resolved_granularity == "token":
             return 1.0
-        return 4.0 if self.code == "multi" else 1 + self.timesteps / 16
+        return {"multi": 4.0, "rate": 2.0, "radix": max(1.0, self.timesteps / 5)}[self.code]
 
     @property
     def resolved_granularity(self) -> str:
@@ -117,7 +120,12 @@ class SpikeConfig:
     @classmethod
     def fas(cls, timesteps: int = 8, **changes: Any) -> SpikeConfig:
         """The paper's recipe: rate code, synchronous, QCFS in the place of activation functions."""
-        recipe = {"code": "rate", "schedule": "synchronous", "coverage": "activation", "activation": "replace"}
+        recipe = {
+            "code": "rate",
+            "schedule": "synchronous",
+            "coverage": "activation",
+            "activation": "replace",
+        }
         return cls().replace(timesteps=timesteps, **(recipe | changes))
 
     @classmethod

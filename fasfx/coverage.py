@@ -20,10 +20,30 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 SYNAPSE, FLOAT = "synapse", "float"
 # Linear in their input, or arithmetic on positions and masks: additions of currents and constant factors.
-_FREE = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.neg.default, aten.sum.dim_IntList, aten.cat.default}
-_FREE |= MOVES | {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.stack.default, aten.index_select.default}
+_FREE = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.rsub.Scalar,
+    aten.neg.default,
+    aten.sum.dim_IntList,
+    aten.cat.default,
+}
+_FREE |= MOVES | {
+    aten.embedding.default,
+    aten.index.Tensor,
+    aten.gather.default,
+    aten.stack.default,
+    aten.index_select.default,
+}
 _FREE |= {aten.where.ScalarOther, aten.where.self, aten.masked_fill.Scalar, aten.repeat_interleave.self_int}
-_FREE |= {aten.split.Tensor, aten.chunk.default, aten.unbind.int, aten.split_with_sizes.default, ops.count.op, ops.fire.op}
+_FREE |= {
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.unbind.int,
+    aten.split_with_sizes.default,
+    ops.count.op,
+    ops.fire.op,
+}
 _FREE |= {aten.to.dtype, aten.copy.default, aten.constant_pad_nd.default, aten.pad.default, aten.roll.default}
 
 
@@ -91,7 +111,9 @@ def require_full(found: Coverage) -> None:
     """Raise CoverageError naming up to five operators with multiply-accumulates that spikes do not drive."""
     bad = [row for row in found.rows if not row.spike_driven and (row.kind == SYNAPSE or row.macs)]
     if bad:
-        listed = "\n  ".join(f"{row.node} ({row.operator}) in {row.module or 'the model'}: {row.reason}" for row in bad[:5])
+        listed = "\n  ".join(
+            f"{row.node} ({row.operator}) in {row.module or 'the model'}: {row.reason}" for row in bad[:5]
+        )
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise CoverageError(f"strict=True and {len(bad)} operators are not spike-driven:\n  {listed}{more}")
 

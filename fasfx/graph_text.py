@@ -156,7 +156,9 @@ class _Reader:
     def read(self, number: int, line: str) -> None:
         """Add the node of one line."""
         try:
-            statement = ast.parse(textwrap.dedent(line), mode="exec").body[0] if not line.startswith("return ") else None
+            statement = (
+                ast.parse(textwrap.dedent(line), mode="exec").body[0] if not line.startswith("return ") else None
+            )
             if statement is None:
                 self.graph.output(self._evaluate(ast.parse(line.removeprefix("return "), mode="eval").body))
                 return

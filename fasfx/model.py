@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
-from fasfx.coverage import Coverage, coverage, require_full
+from fasfx.coverage import coverage, require_full
 from fasfx.errors import InputError
 from fasfx.ledger import Ledger
 from fasfx.passes import Clip, Fold, Lower, Substitute
@@ -33,7 +33,9 @@ class SpikingModel(nn.Module):
 
     graph_module: GraphModule
 
-    def __init__(self, ranged: GraphModule, config: PretrainedConfig | None = None, after: PassHook | None = None) -> None:
+    def __init__(
+        self, ranged: GraphModule, config: PretrainedConfig | None = None, after: PassHook | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.ranged = ranged
@@ -84,7 +86,9 @@ class SpikingModel(nn.Module):
             elif name in constants:
                 raise InputError(f"{name}={value!r}: the model was captured with {name}={constants[name]!r}")
             else:
-                raise InputError(f"unknown input {name}: the model was captured with {', '.join(names)}; put it in calibration")
+                raise InputError(
+                    f"unknown input {name}: the model was captured with {', '.join(names)}; put it in calibration"
+                )
         if missing := [name for name in names if name not in given]:
             raise InputError(f"missing input {', '.join(missing)}: the model was captured with {', '.join(names)}")
         self._check(given)
@@ -103,7 +107,9 @@ class SpikingModel(nn.Module):
                 )
             for dim, size in enumerate(wanted.shape):
                 if isinstance(size, int) and value.shape[dim] != size:
-                    raise InputError(f"{node.target} has size {value.shape[dim]} in dim {dim}: the model takes {size} there")
+                    raise InputError(
+                        f"{node.target} has size {value.shape[dim]} in dim {dim}: the model takes {size} there"
+                    )
 
     # --- facts -------------------------------------------------------------------------------------------
 

@@ -118,7 +118,11 @@ def module_path(node: Node) -> str:
     """Path of the innermost user module the node came from ("" for the top)."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
-    return path.removeprefix("L['self'].").replace("L['self']", "").replace("_empty_nn_module_stack_from_metadata_hook", "")
+    return (
+        path.removeprefix("L['self'].")
+        .replace("L['self']", "")
+        .replace("_empty_nn_module_stack_from_metadata_hook", "")
+    )
 
 
 def source_line(node: Node) -> str:
@@ -170,7 +174,9 @@ def add_tensor(gm: GraphModule, name: str, value: Tensor, like: Node, trainable:
     with gm.graph.inserting_before(like):
         node = gm.graph.get_attr(candidate)
     mode = fake_mode(gm.graph)
-    node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True) if isinstance(mode, FakeTensorMode) else value
+    node.meta["val"] = (
+        mode.from_tensor(value.detach(), static_shapes=True) if isinstance(mode, FakeTensorMode) else value
+    )
     return node
 
 

@@ -58,7 +58,19 @@ SYNAPSES: dict[Any, Synapse] = {
     aten.conv_transpose2d.input: _TRANSPOSED,
 }
 # Operators that multiply and accumulate, are not sent as spikes by this version, and must not go unreported.
-UNSUPPORTED_WORDS = ("grouped_mm", "einsum", "conv", "bmm", "addmv", "_mm", "lstm", "gru", "rnn", "attention", "bilinear")
+UNSUPPORTED_WORDS = (
+    "grouped_mm",
+    "einsum",
+    "conv",
+    "bmm",
+    "addmv",
+    "_mm",
+    "lstm",
+    "gru",
+    "rnn",
+    "attention",
+    "bilinear",
+)
 # Value-preserving operators a spike passes unchanged.
 RELAYS = (aten.dropout.default,)
 
@@ -150,4 +162,5 @@ def reduce_peak(value: Tensor, channel: tuple[int, ...]) -> Tensor:
     """Largest |value| over all dims but `channel`; the kept dims stay, the others have size 1."""
     kept = {d % value.dim() for d in channel}
     dims = [d for d in range(value.dim()) if d not in kept]
-    return value.abs().amax(dims, keepdim=True) if dims else value.abs()
+    size = value if value.dtype == torch.bool else value.abs()
+    return size.amax(dims, keepdim=True) if dims else size

@@ -50,7 +50,10 @@ class Clip(Pass):
             clipped.meta["site"] = site.name
             for user in _spiking_users(gm, value, site):
                 user.replace_input_with(value, clipped)
-            bound = Bound(code.bound, "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"))
+            bound = Bound(
+                code.bound,
+                "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"),
+            )
             value_at = code.error_bound(top, config.timesteps, config.levels) if top else None
             facts(gm).ledger.add(Entry(self.name, f"{config.code}_neuron", value.name, site.module, bound, value_at))
         return bool(facts(gm).sites)

@@ -140,7 +140,9 @@ def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> 
     for arg in list(reader.all_input_nodes):
         if operand(arg) is unit:
             reader.replace_input_with(arg, decoded)
-    facts(gm).declined.append(Declined("fold", "scale_to_reader", reader.name, "the scale differs between summed channels"))
+    facts(gm).declined.append(
+        Declined("fold", "scale_to_reader", reader.name, "the scale differs between summed channels")
+    )
 
 
 def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:

@@ -1,8 +1,8 @@
 """CAPTURED -> NORMAL: one spelling per operator; nothing but float rounding changes.
 
 Rules: addmm, mm, bmm, baddbmm become linear or matmul; RMSNorm and tanh-GELU written out in primitives become
-one operator; scaled dot-product attention is written out with deferred normalisation. Assertions, guards,
-aliases and conversions that convert nothing go.
+one operator; scaled dot-product attention is written out with deferred normalisation; views become reshapes.
+Assertions, guards, aliases and conversions that convert nothing go.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def _is_rms_norm(x: Node, weight: Any, power: Any, dims: Any) -> bool | str:
 def _is_gelu(half: Any, cubic: Any, power: Any, root: Any, one: Any) -> bool | str:
     expected = (0.5, 0.044715, 3.0, math.sqrt(2 / math.pi), 1.0)
     found = (half, cubic, power, root, one)
-    same = all(isinstance(f, float | int) and math.isclose(f, e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True))
+    same = all(
+        isinstance(f, float | int) and math.isclose(f, e, rel_tol=1e-6) for f, e in zip(found, expected, strict=True)
+    )
     return same or f"constants {found} are not those of tanh-GELU"
 
 
@@ -130,6 +132,7 @@ class Normalise(Pass):
         """Clean, apply the rules, then write attention out."""
         changed = remove_assertions(gm)
         changed |= remove_identities(gm)
+        changed |= views_to_reshapes(gm)
         changed |= super().rewrite(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             attention_to_products(gm, node)
@@ -150,7 +153,13 @@ def remove_assertions(gm: GraphModule) -> bool:
 def remove_identities(gm: GraphModule) -> bool:
     """Aliases, detaches and conversions to the dtype and device a value already has."""
     same = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default)
-    convert = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default)
+    convert = (
+        aten.to.dtype,
+        aten.to.dtype_layout,
+        aten.to.device,
+        aten._to_copy.default,
+        aten.type_as.default,
+    )
     gone = [
         n
         for n in gm.graph.nodes
@@ -160,6 +169,14 @@ def remove_identities(gm: GraphModule) -> bool:
         node.replace_all_uses_with(node.args[0])
         gm.graph.erase_node(node)
     return bool(gone)
+
+
+def views_to_reshapes(gm: GraphModule) -> bool:
+    """A view depends on strides, which a rewrite may change; a reshape does not."""
+    views = [n for n in gm.graph.nodes if n.target in (aten.view.default, aten._unsafe_view.default)]
+    for node in views:
+        node.target = aten.reshape.default
+    return bool(views)
 
 
 def _unchanged(node: Node) -> bool:

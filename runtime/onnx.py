@@ -88,7 +88,9 @@ class OnnxModel:
         from transformers.exporters import ExportedModel
 
         if not (Path(folder) / MANIFEST).is_file():
-            raise CheckpointError(f"{folder} holds no ONNX export ({MANIFEST} is missing): make one with `fasfx export`")
+            raise CheckpointError(
+                f"{folder} holds no ONNX export ({MANIFEST} is missing): make one with `fasfx export`"
+            )
         options = ort.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads

@@ -107,9 +107,7 @@ def batches(tokenizer: Any, texts: Sequence[str], count: int, batch_size: int, l
     Only the keys that the tokenizer feeds its model remain. Raises ValueError when the texts are too few.
     """
     num_pieces = count * batch_size
-    cut = tokenizer(
-        list(texts[:num_pieces]), truncation=True, max_length=length, return_overflowing_tokens=True
-    )
+    cut = tokenizer(list(texts[:num_pieces]), truncation=True, max_length=length, return_overflowing_tokens=True)
     text_of = cut.pop("overflow_to_sample_mapping")
     nth: list[int] = []  # of its text's pieces
     for at, text in enumerate(text_of):

@@ -1,0 +1,212 @@
+"""The command line: demo, convert, check, export, passes. torch is imported inside the commands only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fasfx.errors import CalibrationError, CheckpointError, ConfigError, FasfxError
+from fasfx.terminal import equivalence, progress, quiet, say, show, silent, table, working
+
+if TYPE_CHECKING:
+    from fasfx.config import SpikeConfig
+
+NO_TOKENIZER = "{} has no tokenizer beside it, so {} cannot be read: save the tokenizer there"
+SAME_TEXT = (
+    "measured on the sentences that `fasfx convert` calibrates on when it is given no --calibration; "
+    "--data FILE measures on text of your own"
+)
+PRESETS = ("fas", "low_latency", "integer")
+
+
+class _Group(TyperGroup):
+    """Answers a FasfxError with its message and exit code 2; any other exception keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FasfxError as error:
+            say("error", "red", str(error))
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Turn Hugging Face transformers into spiking neural networks.",
+)
+passes = typer.Typer(no_args_is_help=True, help="The passes that turn a model into a spiking network.")
+app.add_typer(passes, name="passes")
+
+TEXTS = ".txt with one text per line, or .jsonl"
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or its id on the hub.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `fasfx convert` wrote.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the spiking network.")]
+Calibration = Annotated[Path | None, typer.Option(help=f"Texts to calibrate on: {TEXTS}.")]
+Timesteps = Annotated[int | None, typer.Option(help="T, spikes a neuron may send per value.")]
+Preset = Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")]
+Code = Annotated[str | None, typer.Option(help="Spike code: multi, radix, rate.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail unless every multiply-accumulate is spike-driven.")]
+Data = Annotated[Path | None, typer.Option(help=f"Texts to measure on: {TEXTS}.")]
+Steps = Annotated[str, typer.Option(help="Values of T, separated by commas.")]
+Plot = Annotated[Path | None, typer.Option(help="Also draw error against T to this file.")]
+Onnx = Annotated[Path, typer.Option(help="Folder for model.onnx and what belongs to it.")]
+Opset = Annotated[int, typer.Option(help="ONNX operator set, 18 or newer.")]
+
+
+@app.command()
+def demo() -> None:
+    """Convert all-MiniLM-L6-v2, watch its error fall as T grows, search with it in torch and ONNX Runtime."""
+    with quiet():
+        from fasfx.demo import run
+
+        run()
+
+
+@app.command()
+def convert(
+    model: Model,
+    out: Out,
+    calibration: Calibration = None,
+    timesteps: Timesteps = None,
+    preset: Preset = None,
+    code: Code = None,
+    strict: Strict = False,
+) -> None:
+    """Convert MODEL to a spiking network and save it, with its tokenizer, in a folder."""
+    with quiet():
+        import fasfx
+        from fasfx.calibration import text_batches
+        from fasfx.folders import check_target, load_tokenizer, read_texts, save
+
+        config = _config(preset, {"timesteps": timesteps, "code": code, "strict": strict or None})
+        texts = read_texts(calibration) if calibration else None
+        check_target(out)
+        original, tokenizer = _load(model), load_tokenizer(model)
+        if texts is not None and tokenizer is None:
+            raise CalibrationError(NO_TOKENIZER.format(model, calibration))
+        batches = text_batches(original, tokenizer, texts) if texts is not None else None
+        with progress() as report:
+            snn = fasfx.convert(original, batches, config, report)
+        save(snn, tokenizer, out)
+    show(f"{snn!r}\nsaved in {out}; next: fasfx check {model} {out}")
+
+
+@app.command()
+def check(model: Model, out: Checkpoint, data: Data = None, timesteps: Steps = "1,2,4,8,16", plot: Plot = None) -> None:
+    """Measure how far the spiking network OUT is from MODEL, for several T."""
+    with quiet():
+        import fasfx
+        from fasfx.folders import read_texts
+
+        steps = _numbers(timesteps)
+        texts = read_texts(data) if data else None
+        snn = fasfx.SpikingModel.from_pretrained(out)
+        original = _load(model)
+        batches = _evaluation(original, model, texts)
+        with progress() as report:
+            found = fasfx.check(original, snn, batches, timesteps=steps, progress=report)
+        equivalence(found.table, f"{model} and its spiking network, {snn.spike_config.code} code")
+        if plot:
+            _plot(found, plot)
+
+
+@app.command()
+def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18) -> None:
+    """Export the spiking network OUT to ONNX, with dynamic batch and length."""
+    with quiet():
+        import fasfx
+        from fasfx.folders import check_target
+
+        snn = fasfx.SpikingModel.from_pretrained(out)
+        check_target(onnx)
+        with working("exporting"), silent():
+            snn.to_onnx(onnx, opset_version=opset)
+    show(f"ONNX model in {onnx}; run it with fasfx.runtime.OnnxModel")
+
+
+@passes.command("list")
+def list_passes() -> None:
+    """The passes in order, with what each takes and gives."""
+    from fasfx.capture import capture
+    from fasfx.passes import PIPELINE
+
+    pipeline: tuple[Any, ...] = PIPELINE
+    first = ("0", "capture", "a model -> CAPTURED", "exact", _summary(capture))
+    rows = [
+        (str(number), one.name, f"{one.takes} -> {one.gives}", one.numerics, _summary(one))
+        for number, one in enumerate(pipeline, 1)
+    ]
+    table("", ("", "pass", "level", "numerics", "what it does"), [first, *rows])
+    show("exact: float rounding only; ledger: every change has a line in the error ledger")
+
+
+def main() -> None:
+    """Entry point of the `fasfx` command."""
+    app()
+
+
+# --- parts of commands -----------------------------------------------------------------------------------
+
+
+def _config(preset: str | None, options: dict[str, Any]) -> SpikeConfig:
+    from fasfx.config import SpikeConfig
+
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    given = {name: value for name, value in options.items() if value is not None}
+    config: SpikeConfig = getattr(SpikeConfig, preset)(**given) if preset else SpikeConfig().replace(**given)
+    if missing := config.unavailable():
+        raise ConfigError("; ".join(missing))
+    return config
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--timesteps {text!r}: give whole numbers from 1 on, such as 1,2,4")
+    return tuple(int(part) for part in parts)
+
+
+def _load(source: str) -> Any:
+    from fasfx.folders import load_model
+
+    model, missing = load_model(source)
+    if missing:
+        say("warning", "yellow", f"{source} lacks weights, which are random now: {', '.join(missing[:5])}")
+    return model
+
+
+def _evaluation(model: Any, source: str, texts: list[str] | None) -> list[dict[str, Any]]:
+    """Batches to measure on."""
+    from fasfx.calibration import default_batches, sentences, text_batches
+    from fasfx.folders import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        if texts is not None:
+            raise CalibrationError(NO_TOKENIZER.format(source, "--data"))
+        return default_batches(model)
+    if texts is None:
+        say("note", "cyan", SAME_TEXT)
+    return text_batches(model, tokenizer, texts or sentences())
+
+
+def _plot(found: Any, file: Path) -> None:
+    try:
+        found.plot(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot draw to {file}: {error}; give a .png file in a folder that exists") from error
+
+
+def _summary(documented: Any) -> str:
+    return str(documented.__doc__ or "").strip().splitlines()[0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`fasfx demo`: a real sentence encoder becomes a spiking network and finds the same sentences."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fasfx
+from fasfx.calibration import text_batches
+from fasfx.terminal import equivalence, progress, show, silent, table, working
+from fasfx.tools.bench.models import minilm
+
+TIMESTEPS = (1, 2, 3, 4, 5, 6, 7)
+NUM_FOUND = 2
+QUERIES = (
+    "How do I keep vegetables alive in my backyard?",
+    "space exploration",
+    "My software stopped working with a memory error.",
+)
+
+
+def run() -> None:
+    """Convert, measure, export, search. Raises MissingDataError, naming the pip command, without weights."""
+    model, tokenizer = minilm()
+    show("all-MiniLM-L6-v2: calibrated on the sentences shipped with fasfx, measured and searched on others.")
+    with progress() as report:
+        snn = fasfx.convert(model, progress=report)
+        batches = text_batches(model, tokenizer, texts())
+        measured = fasfx.check(model, snn, batches, timesteps=TIMESTEPS, progress=report)
+    config = snn.spike_config
+    equivalence(measured.table, f"Error of last_hidden_state ({config.code} code, {config.schedule} schedule)")
+    with tempfile.TemporaryDirectory() as folder:
+        with working("exporting to ONNX"), silent():
+            snn.to_onnx(folder)
+        columns: dict[str, Callable[..., Any]] = {
+            "original": model,
+            f"spiking, T = {snn.timesteps}": snn,
+            "spiking, ONNX Runtime": fasfx.runtime.OnnxModel(folder, threads=torch.get_num_threads()),
+        }
+        _search(model, tokenizer, columns)
+    _coverage(snn)
+
+
+def texts() -> list[str]:
+    """The sentences that are searched."""
+    lines = resources.files("fasfx.data").joinpath("demo.txt").read_text("utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _search(model: Any, tokenizer: Any, columns: dict[str, Callable[..., Any]]) -> None:
+    """Print the nearest sentences of every query as each network finds them."""
+    found = {}
+    for name, network in columns.items():
+        sentences, queries = (_embed(network, text_batches(model, tokenizer, [*part])) for part in (texts(), QUERIES))
+        found[name] = (queries @ sentences.T).topk(NUM_FOUND)
+    for number, query in enumerate(QUERIES):
+        rows = [
+            [f"{top.values[number, rank]:.3f} {texts()[top.indices[number, rank]]}" for top in found.values()]
+            for rank in range(NUM_FOUND)
+        ]
+        table(f"Nearest to: {query}", columns, rows)
+    original, *spiking = (top.indices for top in found.values())
+    same = sum(torch.equal(original, other) for other in spiking)
+    show(f"{same} of the {len(spiking)} spiking runs find the original's sentences in the original's order.")
+
+
+def _embed(network: Callable[..., Any], batches: list[dict[str, Any]]) -> Tensor:
+    """Unit vectors [texts, hidden]: the mean of last_hidden_state over the tokens of each text."""
+    means = []
+    with torch.no_grad():
+        for batch in batches:
+            mask = batch["attention_mask"].unsqueeze(-1)
+            means.append((network(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(means), dim=-1)
+
+
+def _coverage(snn: fasfx.SpikingModel) -> None:
+    """What is and what is not spiking."""
+    found = snn.coverage
+    show(f"{found.spike_driven_macs:.1%} of multiply-accumulates (linear layers, attention) are spike-driven.")
+    show(f"In float, not spiking: softmax, norms, activations ({', '.join(found.float_operators)}).")

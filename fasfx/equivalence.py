@@ -1,0 +1,240 @@
+"""fasfx.check: how far a spiking network is from its original, against T, and site by site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+
+from fasfx import ops
+from fasfx.calibration import as_batch
+from fasfx.capture import evaluating
+from fasfx.config import SpikeConfig
+from fasfx.errors import InputError
+from fasfx.model import SpikingModel
+from fasfx.program import facts
+from fasfx.synapses import reduce_peak
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+Progress = Callable[[str, int, int | None], None]
+
+
+# --- outputs ---------------------------------------------------------------------------------------------
+
+
+def main_output(output: Any) -> Tensor:
+    """The tensor a figure is about: logits, else last_hidden_state, else the first tensor of the output."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(output, name, None), Tensor):
+            return found
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def output_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """The mask of the output's positions: the decoder's if there is one; images have none."""
+    found = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
+    return found if isinstance(found, Tensor) else None
+
+
+@dataclass
+class Difference:
+    """Running sums of a comparison, in float64: call `add` per batch, then read the figures."""
+
+    squared: float = 0.0
+    reference: float = 0.0
+    value: float = 0.0
+    product: float = 0.0
+    largest: float = 0.0
+
+    def add(self, reference: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+        """Shapes alike; mask [...] over the leading dims, 0 where a position does not count."""
+        if reference.shape != value.shape:
+            raise ValueError(f"shapes differ: {tuple(reference.shape)} and {tuple(value.shape)}")
+        if mask is not None and mask.shape == reference.shape[: mask.dim()]:
+            reference, value = reference[mask.bool()], value[mask.bool()]
+        reference, value = reference.detach().double(), value.detach().double()
+        self.squared += float((value - reference).square().sum())
+        self.reference += float(reference.square().sum())
+        self.value += float(value.square().sum())
+        self.product += float((value * reference).sum())
+        self.largest = max(self.largest, float((value - reference).abs().max()) if value.numel() else 0.0)
+
+    @property
+    def relative_l2(self) -> float:
+        """|value - reference| / |reference|; 0.01 is one percent."""
+        return math.sqrt(self.squared / self.reference) if self.reference else (math.inf if self.squared else 0.0)
+
+    @property
+    def cosine(self) -> float:
+        """Cosine of the angle between all values and all references."""
+        scale = math.sqrt(self.reference * self.value)
+        return self.product / scale if scale else float(self.reference == self.value)
+
+    @property
+    def snr_db(self) -> float:
+        """Signal-to-noise ratio in decibel."""
+        return 10 * math.log10(self.reference / self.squared) if self.squared and self.reference else math.inf
+
+
+# --- the report ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What fasfx.check measured.
+
+    table: timesteps, relative_l2, cosine, max (of the main output), bound (the largest share of its threshold by
+           which one neuron may err, from the ledger: a bound per neuron, not of the output).
+    sites: at the model's own T, per site: firing_rate (spikes per neuron and step), clip_share (values beyond the
+           threshold), dead_share (channels that never fire), snr_db (decoded spikes against the original's value,
+           errors of earlier layers included).
+    """
+
+    table: pandas.DataFrame
+    sites: pandas.DataFrame
+    config: SpikeConfig
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Error and bound against T, and the signal-to-noise ratio along the network; saved if a path is given."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        left.semilogy(self.table["timesteps"], self.table["relative_l2"], "o-", label="output, relative L2 error")
+        left.semilogy(self.table["timesteps"], self.table["bound"], "s--", label="one neuron's bound / threshold")
+        left.set(xlabel="time steps T", title=f"{self.config.code} code: error against T")
+        left.legend()
+        right.plot(range(len(self.sites)), self.sites["snr_db"], ".-")
+        right.set(
+            xlabel="site, in the order of the network",
+            ylabel="dB",
+            title=f"signal-to-noise at T = {self.config.timesteps}",
+        )
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def _repr_html_(self) -> str:
+        return str(self.table.to_html(index=False))
+
+    def __str__(self) -> str:
+        return str(self.table.to_string(index=False))
+
+
+def check(
+    model: nn.Module,
+    snn: SpikingModel,
+    batches: Iterable[Any],
+    timesteps: Sequence[int] = (1, 2, 4, 8, 16),
+    progress: Progress | None = None,
+) -> Equivalence:
+    """Measure a spiking network against its original on batches of inputs.
+
+    Positions masked by attention_mask do not count. `snn` has its own T again afterwards.
+    Raises InputError for no batches or inputs the network was not captured with, ConfigError for a T below 1.
+    """
+    held = [as_batch(model, batch) for batch in batches]
+    if not held:
+        raise InputError("nothing to check on: batches is empty")
+    report = progress or (lambda stage, done, total: None)
+    with torch.no_grad(), evaluating(model):
+        expected = [main_output(model(**batch)) for batch in held]
+    own, rows = snn.timesteps, []
+    try:
+        for done, steps in enumerate(timesteps):
+            report("check", done, len(timesteps))
+            snn.timesteps = steps
+            rows.append(_row(snn, held, expected))
+    finally:
+        snn.timesteps = own
+    report("check", len(timesteps), len(timesteps))
+    return Equivalence(_frame(rows), _sites(snn, held), snn.spike_config)
+
+
+def _row(snn: SpikingModel, batches: list[dict[str, Any]], expected: list[Tensor]) -> dict[str, float]:
+    difference = Difference()
+    with torch.no_grad():
+        for batch, reference in zip(batches, expected, strict=True):
+            difference.add(reference, main_output(snn(**batch)), output_mask(batch))
+    config = snn.spike_config
+    bound = ops.CODES[config.code].error_bound(1.0, config.timesteps, config.levels)
+    figures = {"relative_l2": difference.relative_l2, "cosine": difference.cosine, "max": difference.largest}
+    return {"timesteps": config.timesteps, **figures, "bound": bound}
+
+
+def _sites(snn: SpikingModel, batches: list[dict[str, Any]]) -> pandas.DataFrame:
+    stats = {name: _SiteStatistics() for name in facts(snn.ranged).sites}
+    static = snn._static_thresholds()
+    with torch.no_grad():
+        for batch in batches:
+            inputs = snn._inputs((), batch)
+            original = _Values(snn)
+            original.run(*inputs.values())
+            for name, train in snn.spikes(**batch).items():
+                channel = facts(snn.ranged).sites[name].channel
+                stats[name].add(original.values[name], train.decode(), train.events, static.get(name), channel)
+    return _frame([{"site": n, "module": facts(snn.ranged).sites[n].module, **s.figures()} for n, s in stats.items()])
+
+
+class _Values(Interpreter):  # type: ignore[misc]
+    """The original network's value at every site."""
+
+    def __init__(self, snn: SpikingModel) -> None:
+        super().__init__(snn.ranged)
+        self._names, self.values = set(facts(snn.ranged).sites), dict[str, Tensor]()
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self.values[n.name] = value
+        return value
+
+
+class _SiteStatistics:
+    """Running figures of one site."""
+
+    def __init__(self) -> None:
+        self._difference, self._spikes, self._slots, self._clipped, self._values = Difference(), 0, 0, 0, 0
+        self._fired: Tensor | None = None
+
+    def add(
+        self, value: Tensor, decoded: Tensor, events: Tensor, theta: Tensor | None, channel: tuple[int, ...]
+    ) -> None:
+        """value, decoded [...]; events [T, ...]; theta broadcastable, None if dynamic (nothing is clipped then)."""
+        self._difference.add(value, decoded)
+        self._spikes += int((events != 0).sum())
+        self._slots += events.numel()
+        self._values += value.numel()
+        if theta is not None:
+            self._clipped += int((value.abs() > theta * (1 + 1e-6)).sum())
+        fired = reduce_peak((events != 0).any(0), channel or (-1,)).flatten()
+        if self._fired is None or self._fired.shape == fired.shape:
+            self._fired = fired if self._fired is None else self._fired | fired
+
+    def figures(self) -> dict[str, float]:
+        """firing_rate, clip_share, dead_share in [0, 1]; snr_db."""
+        assert self._fired is not None
+        return {
+            "firing_rate": self._spikes / self._slots,
+            "clip_share": self._clipped / self._values,
+            "dead_share": float((~self._fired).double().mean()),
+            "snr_db": self._difference.snr_db,
+        }
+
+
+def _frame(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    import pandas
+
+    return pandas.DataFrame(rows)

@@ -1,0 +1,117 @@
+"""What the command line shows: progress bars, tables, one line for a warning or an error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas
+
+Report = Callable[[str, int, int | None], None]
+LOUD = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")
+
+console = Console()  # results; stdout
+messages = Console(stderr=True)  # everything else
+
+
+def say(kind: str, style: str, message: str) -> None:
+    """One message on stderr: 'error: ...', 'warning: ...' or 'note: ...'. Brackets in it are no markup."""
+    messages.print(Text.assemble((f"{kind}: ", f"bold {style}"), message), soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """A result in words, on stdout, as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Report]:
+    """A bar for each stage with the time left, on stderr, gone at the end; none without a terminal."""
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bars:
+        rows: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if stage not in rows:
+                rows[stage] = bars.add_task(stage, total=total)
+            bars.update(rows[stage], completed=done, total=total)
+
+        yield report
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notices of torch and transformers; fasfx's own warnings become one line. Errors pass."""
+    from transformers.utils import logging as transformers_logging
+
+    levels = {name: logging.getLogger(name).level for name in LOUD}
+    bars = transformers_logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", category=UserWarning, module=r"fasfx(\.|$)")
+        warnings.showwarning = lambda message, *_, **__: say("warning", "yellow", str(message))
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        try:
+            for name in LOUD:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without what is printed inside, unless it fails: torch.onnx prints its stages."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    except BaseException:
+        sys.stderr.write(printed.getvalue())
+        raise
+
+
+def working(what: str) -> contextlib.AbstractContextManager[object]:
+    """A spinner for work whose length cannot be told."""
+    return messages.status(what) if messages.is_terminal else contextlib.nullcontext()
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], numbers: bool = False) -> None:
+    """Print a table; `numbers` aligns the columns right."""
+    shown = Table(title=title, title_justify="left")
+    for column in columns:
+        shown.add_column(column, justify="right" if numbers else "left")
+    for row in rows:
+        shown.add_row(*(Text(str(cell)) for cell in row))
+    console.print(shown)
+
+
+def equivalence(figures: pandas.DataFrame, title: str) -> None:
+    """Print fasfx.check's table of error against T."""
+    rows = [
+        (row.timesteps, f"{row.relative_l2:.3%}", f"{row.cosine:.6f}", f"{row.max:.3g}", f"{row.bound:.2g}")
+        for row in figures.itertuples()
+    ]
+    columns = ("T", "relative L2 error", "cosine", "largest error", "bound of one neuron")
+    table(title, columns, rows, numbers=True)
+    show("bound of one neuron: the most it errs, as a share of its threshold; the network has no such bound")
