@@ -9,6 +9,17 @@ from fasfx.config import SpikeConfig
 from fasfx.convert import convert
 from fasfx.equivalence import Equivalence, check
 from fasfx.model import SpikingModel
+from fasfx.quantizer import SpikeQuantizer
 
 __version__ = "0.1.0"
-__all__ = ["Equivalence", "SpikeConfig", "SpikingModel", "check", "convert", "errors", "passes", "runtime"]
+__all__ = [
+    "Equivalence",
+    "SpikeConfig",
+    "SpikeQuantizer",
+    "SpikingModel",
+    "check",
+    "convert",
+    "errors",
+    "passes",
+    "runtime",
+]

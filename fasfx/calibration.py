@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from importlib import resources
 from typing import Any
 
@@ -30,7 +30,7 @@ def first_and_all(model: nn.Module, calibration: Iterable[Any] | None) -> tuple[
         raise CalibrationError(
             f"calibration is one {type(batches).__name__}; pass a list of batches: calibration=[batch, ...]"
         )
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     stream = (as_batch(model, batch) for batch in batches)
     first = next(stream, None)
     if first is None:
@@ -72,7 +72,8 @@ def check_batch(batch: Mapping[str, Any], like: Mapping[str, Any], what: str) ->
             raise InputError(f"{what}: {name} is a {type(value).__name__}, not a tensor")
         if value.dtype != wanted.dtype or value.dim() != wanted.dim():
             raise InputError(
-                f"{what}: {name} is {value.dtype} of rank {value.dim()}, captured was {wanted.dtype} of rank {wanted.dim()}"
+                f"{what}: {name} is {value.dtype} of rank {value.dim()}, in the first batch it is "
+                f"{wanted.dtype} of rank {wanted.dim()}"
             )
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise CalibrationError(f"{what}: {name} holds NaN or infinity")
@@ -93,8 +94,8 @@ def default_batches(model: nn.Module) -> list[Batch]:
     if model.main_input_name == "input_ids" and (tokenizer := _tokenizer(str(model.name_or_path))) is not None:
         return text_batches(model, tokenizer, sentences())
     warnings.warn(
-        f"no calibration data: thresholds of {type(model).__name__} come from random inputs and will not fit real ones; "
-        "pass calibration=[a few batches of real inputs]",
+        f"no calibration data: thresholds of {type(model).__name__} come from random inputs and will not fit "
+        "real ones; pass calibration=[a few batches of real inputs]",
         stacklevel=4,
     )
     return [_random_batch(model, seed) for seed in range(NUM_RANDOM_BATCHES)]
@@ -136,15 +137,15 @@ def _tokenizer(folder: str) -> Any | None:
 
 
 def _decoder_inputs(model: nn.Module, input_ids: Tensor) -> Batch:
-    return (
-        {"decoder_input_ids": input_ids[:, : max(2, input_ids.shape[1] // 2)]}
-        if model.config.is_encoder_decoder
-        else {}
-    )
+    config: Any = model.config
+    if not config.is_encoder_decoder:
+        return {}
+    return {"decoder_input_ids": input_ids[:, : max(2, input_ids.shape[1] // 2)]}
 
 
 def _random_batch(model: nn.Module, seed: int) -> Batch:
-    config, generator = model.config, torch.Generator().manual_seed(seed)
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "input_ids":
         limit = min(11, getattr(config, "max_position_embeddings", None) or 11)
         ids = torch.randint(0, config.get_text_config().vocab_size, (3, limit), generator=generator)
@@ -153,5 +154,6 @@ def _random_batch(model: nn.Module, seed: int) -> Batch:
     if model.main_input_name == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
         return {"pixel_values": torch.randn(3, getattr(config, "num_channels", 3), size, size, generator=generator)}
     raise CalibrationError(
-        f"fasfx cannot tell the inputs of {type(model).__name__} from its config: pass calibration=[example inputs, ...]"
+        f"fasfx cannot tell the inputs of {type(model).__name__} from its config: "
+        "pass calibration=[example inputs, ...]"
     )

@@ -127,7 +127,7 @@ def _site_to_json(site: Site) -> dict[str, Any]:
 
 
 def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:
-    ranges = {key: tensors.get(f"{_RANGES}.{stored['name']}.{key}") for key in ("peak", "tail")}
+    ranges: dict[str, Any] = {key: tensors.get(f"{_RANGES}.{stored['name']}.{key}") for key in ("peak", "tail")}
     return Site(**(stored | {"channel": tuple(stored["channel"])}), **ranges)
 
 

@@ -188,7 +188,7 @@ def _sites(snn: SpikingModel, batches: list[dict[str, Any]]) -> pandas.DataFrame
     return _frame([{"site": n, "module": facts(snn.ranged).sites[n].module, **s.figures()} for n, s in stats.items()])
 
 
-class _Values(Interpreter):  # type: ignore[misc]
+class _Values(Interpreter):
     """The original network's value at every site."""
 
     def __init__(self, snn: SpikingModel) -> None:

@@ -131,7 +131,7 @@ def parse(source: str, tensors: Mapping[str, Tensor], config: SpikeConfig | None
     call = json.loads(header["call"])
     if call:
         spec_in, spec_out = (_treespec(call[key]) for key in ("in_spec", "out_spec"))
-        reader.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(call["args"], spec_in, spec_out)))  # type: ignore[arg-type]
+        reader.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(call["args"], spec_in, spec_out)))
     gm = GraphModule(reader.root, reader.graph)
     gm.graph.lint()
     gm.meta[FACTS] = Facts(header["level"], config or SpikeConfig(), symbols=reader.symbols)
@@ -221,7 +221,7 @@ class _Reader:
     def _symbol(self, name: str) -> torch.SymInt:
         if name not in self._symbols:
             hint = 2 + 3 * len(self._symbols)
-            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
             size = self._mode.from_tensor(torch.empty(hint), symbolic_context=context).shape[0]
             assert isinstance(size, torch.SymInt)
             self._symbols[name] = size

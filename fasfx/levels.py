@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.program import attribute, constants, describe, facts, module_path, operators
+from fasfx.program import arg, attribute, constants, describe, facts, module_path, operators
 from fasfx.synapses import operand, synapses
 
 aten = torch.ops.aten
@@ -75,7 +75,7 @@ def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
     top = ops.CODES[config.code].capacity(config.timesteps, config.levels)
     for node in operators(gm):
         if node.target is ops.fire.op and node.args[1] in fixed:
-            theta = node.args[1]
+            theta = arg(node, 1)
             if theta.op != "get_attr" or bool((attribute(gm, str(theta.target)) != top).any()):
                 yield node, "has a static threshold that is not folded"
 

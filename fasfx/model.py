@@ -86,9 +86,8 @@ class SpikingModel(nn.Module):
             elif name in constants:
                 raise InputError(f"{name}={value!r}: the model was captured with {name}={constants[name]!r}")
             else:
-                raise InputError(
-                    f"unknown input {name}: the model was captured with {', '.join(names)}; put it in calibration"
-                )
+                known = ", ".join(names)
+                raise InputError(f"unknown input {name}: the model was captured with {known}; put it in calibration")
         if missing := [name for name in names if name not in given]:
             raise InputError(f"missing input {', '.join(missing)}: the model was captured with {', '.join(names)}")
         self._check(given)
@@ -103,7 +102,8 @@ class SpikingModel(nn.Module):
                 continue
             if value.dtype != wanted.dtype or value.dim() != wanted.dim():
                 raise InputError(
-                    f"{node.target} is {value.dtype} of rank {value.dim()}: the model takes {wanted.dtype} of rank {wanted.dim()}"
+                    f"{node.target} is {value.dtype} of rank {value.dim()}: "
+                    f"the model takes {wanted.dtype} of rank {wanted.dim()}"
                 )
             for dim, size in enumerate(wanted.shape):
                 if isinstance(size, int) and value.shape[dim] != size:

@@ -108,6 +108,11 @@ def operators(gm: GraphModule) -> Iterator[Node]:
     return (node for node in gm.graph.nodes if node.op == "call_function")
 
 
+def arg(node: Node, position: int) -> Any:
+    """An argument of a node; torch.fx types it as a union of everything."""
+    return node.args[position]
+
+
 def fake(node: Any) -> Tensor | None:
     """The fake tensor a node stands for, if it is one."""
     value = node.meta.get("val") if isinstance(node, Node) else None
@@ -154,7 +159,7 @@ def constants(gm: GraphModule) -> set[Node]:
     return found
 
 
-def attribute(gm: GraphModule, path: str) -> Any:
+def attribute(gm: torch.nn.Module, path: str) -> Any:
     """The tensor behind a get_attr path."""
     value: Any = gm
     for part in path.split("."):

@@ -56,17 +56,23 @@ class Rule:
 
 def replace(gm: GraphModule, root: Node, build: Callable[[], Any]) -> Node:
     """Emit what `build` computes just before `root`, with root's provenance, and let it take root's place."""
-    before = set(gm.graph.nodes)
-    with gm.graph.inserting_before(root):
-        result = build()
+    result = emit(gm, root, build)
     if not isinstance(result, Proxy):
         raise RewriteError(f"the replacement of {describe(root)} gave {type(result).__name__}, not a traced value")
-    for node in [n for n in gm.graph.nodes if n not in before]:
-        inherit(node, root)
-        infer_node(node)
     root.replace_all_uses_with(result.node)
     gm.graph.erase_node(root)
     return result.node
+
+
+def emit(gm: GraphModule, root: Node, build: Callable[[], Any]) -> Any:
+    """What `build` computes, as new nodes just before `root` with its provenance and with shapes."""
+    before = set(gm.graph.nodes)
+    with gm.graph.inserting_before(root):
+        result = build()
+    for node in [n for n in gm.graph.nodes if n not in before]:
+        inherit(node, root)
+        infer_node(node)
+    return result
 
 
 def proxy(gm: GraphModule, node: Node) -> Proxy:
@@ -77,7 +83,8 @@ def proxy(gm: GraphModule, node: Node) -> Proxy:
 
 
 def _proxy(gm: GraphModule, value: Any) -> Any:
-    return torch.fx.node.map_arg(value, lambda n: proxy(gm, n))
+    to_proxy: Any = lambda node: proxy(gm, node)  # noqa: E731
+    return torch.fx.node.map_arg(value, to_proxy)
 
 
 def _call(function: Callable[..., Any], bound: Bindings) -> Any:
@@ -110,4 +117,4 @@ def rewrite(
     return make
 
 
-__all__ = ["Bound", "Rule", "proxy", "replace", "rewrite"]
+__all__ = ["Bound", "Rule", "emit", "proxy", "replace", "rewrite"]

@@ -18,7 +18,7 @@ from fasfx.rewrite import Rule
 PassHook = Callable[[str, GraphModule], None]
 
 
-class Pass(PassBase):  # type: ignore[misc]
+class Pass(PassBase):
     """A pass is a name, the level it takes, the level it gives, and rules; `rewrite` may do more than rules can.
 
     numerics: "exact" if outputs change by float rounding only, else "ledger".
@@ -39,7 +39,7 @@ class Pass(PassBase):  # type: ignore[misc]
         return sum(rule.apply(gm, self.name) for rule in self.rules) > 0
 
 
-class Runner(PassManager):  # type: ignore[misc]
+class Runner(PassManager):
     """Runs passes in order: copy, level check, rewrite, dead code, shapes, lint, recompile, level check, timing.
 
     Any torch.fx PassBase is accepted; one that names no level leaves the level as it is.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fasfx.program import add_tensor, attribute, constants, fake
+from fasfx.program import add_tensor, arg, attribute, constants, fake
 
 aten = torch.ops.aten
 _THROUGH_ANY = {  # data movement: one common factor passes
@@ -68,7 +68,8 @@ class Scaler:
         lookup = dict(zip(node.all_input_nodes, inputs, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lookup.__getitem__)
         with torch.no_grad():
-            return Interpreter(self._gm).call_function(node.target, args, kwargs)  # type: ignore[no-any-return,arg-type]
+            value: Tensor = Interpreter(self._gm).call_function(node.target, args, kwargs)
+        return value
 
     def absorb(self, node: Node, scale: Tensor) -> bool:
         """Make `node` compute scale times what it did by changing weights before it; False if it cannot.
@@ -93,11 +94,11 @@ class Scaler:
 
     def _absorb_into_factor(self, node: Node, scale: Tensor) -> bool:
         """x * constant: hand the whole factor on, or change the constant."""
-        x, factor = node.args
+        x, factor = arg(node, 0), arg(node, 1)
         number = isinstance(factor, int | float)
         if not number and not self.is_fixed(factor):
             return False
-        total = scale * (factor if number else self._value(factor))  # type: ignore[arg-type]
+        total: Tensor = scale * (factor if number else self._value(factor))
         if isinstance(x, Node) and self.absorb(x, total):
             node.replace_all_uses_with(x)
             self._gm.graph.erase_node(node)

@@ -11,7 +11,8 @@ from fasfx.passes.lower import Lower
 from fasfx.passes.normalise import Normalise
 from fasfx.passes.observe import Observe
 from fasfx.passes.substitute import Substitute
+from fasfx.runner import Pass
 
-PIPELINE = (Normalise, Observe, Clip, Substitute, Fold, Lower)
+PIPELINE: tuple[type[Pass], ...] = (Normalise, Observe, Clip, Substitute, Fold, Lower)
 
 __all__ = ["PIPELINE", "Clip", "Fold", "Lower", "Normalise", "Observe", "Substitute"]

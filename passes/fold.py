@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.program import Declined, add_tensor, attribute, constants, facts, insert
+from fasfx.program import Declined, add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler, strip
 from fasfx.synapses import RELAYS, operand
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONVOLUTIONS: tuple[object, ...] = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _CONVOLUTIONS += (aten.conv1d.padding, aten.conv2d.padding)
 
 
@@ -115,12 +115,12 @@ def product_scale(left: Tensor | None, right: Tensor | None) -> Tensor | None:
 
 def _per_input_channel(node: Node, scale: Tensor) -> Tensor | None:
     """A scale per input channel in the layout of a convolution's weight [out, in / groups, ...]."""
-    weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+    weight = arg(node, 1).meta["val"]
     if scale.dim() == 0:
         return scale
     if scale.numel() != scale.shape[0]:
         return None
-    groups = int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+    groups = arg(node, 6) if len(node.args) > 6 else 1
     rows = scale.reshape(groups, 1, -1).expand(groups, weight.shape[0] // groups, -1)
     return rows.reshape(weight.shape[0], weight.shape[1], *[1] * (weight.dim() - 2))
 
@@ -137,9 +137,9 @@ def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> 
     """The scale cannot leave the sum: decode the counts just before this reader."""
     decoded = insert(gm, reader, unit, aten.mul.Tensor, unit, 1.0)
     Scaler(gm).set_factor(decoded, scale)
-    for arg in list(reader.all_input_nodes):
-        if operand(arg) is unit:
-            reader.replace_input_with(arg, decoded)
+    for value in list(reader.all_input_nodes):
+        if operand(value) is unit:
+            reader.replace_input_with(value, decoded)
     facts(gm).declined.append(
         Declined("fold", "scale_to_reader", reader.name, "the scale differs between summed channels")
     )
@@ -147,15 +147,11 @@ def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> 
 
 def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:
     """Move N / theta into what made the neuron's input, if nothing else reads that."""
-    up = unit.args[0]
-    assert isinstance(up, Node)
-    x = up.args[0]
-    assert isinstance(x, Node)
-    factor = up.args[1]
-    scale = torch.tensor(factor) if isinstance(factor, float) else attribute(gm, str(factor.target))  # type: ignore[union-attr]
+    up: Node = arg(unit, 0)
+    x, factor = arg(up, 0), arg(up, 1)
+    scale = torch.tensor(factor) if isinstance(factor, float) else attribute(gm, str(factor.target))
     if scaler.absorb(x, scale):
-        x = up.args[0]
-        up.replace_all_uses_with(x)
+        up.replace_all_uses_with(arg(up, 0))
         gm.graph.erase_node(up)
         return
     why = "others read the value too" if len(x.users) > 1 else f"a factor does not move through {x.target}"

@@ -15,33 +15,33 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 
-from fasfx.program import fake
-from fasfx.rewrite import proxy, replace, rewrite
+from fasfx.program import arg, fake
+from fasfx.rewrite import emit, proxy, replace, rewrite
 from fasfx.runner import Pass
 
 aten = torch.ops.aten
 
 
 @rewrite(into=lambda bias, x, weight: aten.linear.default(x, aten.t.default(weight), bias))
-def addmm_to_linear(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def addmm_to_linear(bias: Tensor, x: Tensor, weight: Tensor) -> Any:
     """bias + x @ weight is a linear layer.  Shape: x [M, K], weight [K, N] -> [M, N].  Exact."""
     return aten.addmm.default(bias, x, weight)
 
 
 @rewrite(into=lambda x, y: aten.matmul.default(x, y))
-def mm_to_matmul(x: Tensor, y: Tensor) -> Tensor:
+def mm_to_matmul(x: Tensor, y: Tensor) -> Any:
     """Two-dimensional product.  Exact."""
     return aten.mm.default(x, y)
 
 
 @rewrite(into=lambda x, y: aten.matmul.default(x, y))
-def bmm_to_matmul(x: Tensor, y: Tensor) -> Tensor:
+def bmm_to_matmul(x: Tensor, y: Tensor) -> Any:
     """Batched product.  Exact."""
     return aten.bmm.default(x, y)
 
 
 @rewrite(into=lambda add, x, y: aten.add.Tensor(add, aten.matmul.default(x, y)))
-def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor) -> Any:
     """Batched product added to a tensor, with unit alpha and beta.  Exact."""
     return aten.baddbmm.default(add, x, y)
 
@@ -50,7 +50,7 @@ def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor) -> Tensor:
     into=lambda x, weight, eps: aten.rms_norm.default(x, [_last(x)], weight, eps),
     when=lambda x, weight, power, dims: _is_rms_norm(x, weight, power, dims),
 )
-def primitives_to_rms_norm(x: Tensor, weight: Tensor, eps: float, power: int, dims: list[int]) -> Tensor:
+def primitives_to_rms_norm(x: Tensor, weight: Tensor, eps: float, power: int, dims: list[int]) -> Any:
     """weight * x / sqrt(mean(x^2) + eps) over the last dim.  Source: Zhang & Sennrich 2019.  Exact."""
     mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, power), dims, True)
     return aten.mul.Tensor(weight, aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, eps))))
@@ -60,7 +60,7 @@ def primitives_to_rms_norm(x: Tensor, weight: Tensor, eps: float, power: int, di
     into=lambda x, weight, eps: aten.rms_norm.default(x, [_last(x)], weight, eps),
     when=lambda x, weight, power, dims: _is_rms_norm(x, weight, power, dims),
 )
-def primitives_to_rms_norm_weight_last(x: Tensor, weight: Tensor, eps: float, power: int, dims: list[int]) -> Tensor:
+def primitives_to_rms_norm_weight_last(x: Tensor, weight: Tensor, eps: float, power: int, dims: list[int]) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight: the other order of the product.  Exact."""
     mean = aten.mean.dim(aten.pow.Tensor_Scalar(x, power), dims, True)
     return aten.mul.Tensor(aten.mul.Tensor(x, aten.rsqrt.default(aten.add.Tensor(mean, eps))), weight)
@@ -70,7 +70,7 @@ def primitives_to_rms_norm_weight_last(x: Tensor, weight: Tensor, eps: float, po
     into=lambda x: aten.gelu.default(x, approximate="tanh"),
     when=lambda half, cubic, power, root, one: _is_gelu(half, cubic, power, root, one),
 )
-def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, root: float, one: float) -> Tensor:
+def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, root: float, one: float) -> Any:
     """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).  Source: Hendrycks & Gimpel 2016.  Exact."""
     inner = aten.add.Tensor(x, aten.mul.Tensor(aten.pow.Tensor_Scalar(x, power), cubic))
     tanh = aten.tanh.default(aten.mul.Tensor(inner, root))
@@ -80,7 +80,7 @@ def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, 
 @rewrite(into=lambda q, k, v, mask, scale: aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale))
 def zeroed_attention_to_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, low: float, one: int, zero: Tensor, scale: float
-) -> Tensor:
+) -> Any:
     """Attention whose fully masked rows are set to zero by hand: ours gives zeros there anyway.  Exact."""
     kept = aten.to.dtype(mask, torch.float32)
     added = aten.mul.Tensor(aten.to.dtype(aten.bitwise_not.default(mask), torch.float32), low)
@@ -166,7 +166,7 @@ def remove_identities(gm: GraphModule) -> bool:
         if n.target in same or (n.target in convert and _unchanged(n)) or (n.target is aten.slice.Tensor and _whole(n))
     ]
     for node in gone:
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(arg(node, 0))
         gm.graph.erase_node(node)
     return bool(gone)
 
@@ -187,7 +187,7 @@ def _unchanged(node: Node) -> bool:
 def _whole(node: Node) -> bool:
     """A slice from the start to the end of a dim: [:]."""
     start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
-    return start in (None, 0) and (end is None or end == 2**63 - 1) and step == 1
+    return bool(start in (None, 0) and end in (None, 2**63 - 1) and step == 1)
 
 
 def attention_to_products(gm: GraphModule, node: Node) -> None:
@@ -196,7 +196,7 @@ def attention_to_products(gm: GraphModule, node: Node) -> None:
     Shape: q [.., Lq, D], k [.., Lk, D], v [.., Lk, E] -> [.., Lq, E].  Exact.
     """
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     q, k, v = (proxy(gm, given[name]) for name in names[:3])
     features = fake(given["query"])
     assert features is not None
@@ -205,7 +205,7 @@ def attention_to_products(gm: GraphModule, node: Node) -> None:
     def build() -> Any:
         keys, values = k, v
         if given.get("enable_gqa"):
-            keys, values = (_repeat_heads(x, features.shape[-3] // fake(x.node).shape[-3]) for x in (k, v))  # type: ignore[union-attr]
+            keys, values = (_repeat_heads(x, features.shape[-3]) for x in (k, v))
         scores = aten.matmul.default(aten.mul.Tensor(q, scale), aten.transpose.int(keys, -2, -1))
         if (mask := given.get("attn_mask")) is not None:
             scores = _masked(scores, proxy(gm, mask), fake(mask))
@@ -226,13 +226,16 @@ def _masked(scores: Any, mask: Proxy, value: Tensor | None) -> Any:
 
 
 def _causal(q: Proxy, k: Proxy) -> Any:
-    device = fake(q.node).device  # type: ignore[union-attr]
+    value = fake(q.node)
+    device = value.device if value is not None else None
     rows, columns = (aten.arange.default(aten.sym_size.int(x, -2), device=device) for x in (q, k))
     return aten.le.Tensor(columns, aten.unsqueeze.default(rows, -1))
 
 
-def _repeat_heads(x: Any, groups: int) -> Any:
-    return aten.repeat_interleave.self_int(x, groups, -3) if groups > 1 else x
+def _repeat_heads(x: Proxy, heads: int) -> Any:
+    value = fake(x.node)
+    assert value is not None
+    return aten.repeat_interleave.self_int(x, heads // value.shape[-3], -3)
 
 
 def softmax_to_deferred(gm: GraphModule, node: Node) -> bool:
@@ -245,25 +248,25 @@ def softmax_to_deferred(gm: GraphModule, node: Node) -> bool:
     value = fake(node)
     if value is None or node.args[1] not in (-1, value.dim() - 1) or len(node.args) > 2 and node.args[2] is not None:
         return False
-    products = [(path, user) for path, user in _product_users(node)]
+    products = _product_users(node)
     if not products:
         return False
-    with gm.graph.inserting_before(node):
-        s = proxy(gm, node.args[0])  # type: ignore[arg-type]
-        low = torch.finfo(value.dtype).min
+    low = torch.finfo(value.dtype).min
+
+    def exponentials() -> tuple[Any, Any]:
+        s = proxy(gm, arg(node, 0))
         e = aten.exp.default(aten.sub.Tensor(s, aten.clamp.default(aten.amax.default(s, [-1], True), low)))
-        total = aten.clamp.default(aten.sum.dim_IntList(e, [-1], True), 1)
+        return e, aten.clamp.default(aten.sum.dim_IntList(e, [-1], True), 1)
+
+    e, total = emit(gm, node, exponentials)
     for relay, product in products:
-        weights = (lambda: aten.dropout.default(e, *relay.args[1:])) if relay is not None else (lambda: e)
-        replace(
-            gm,
-            product,
-            lambda w=weights, p=product: aten.div.Tensor(aten.matmul.default(w(), proxy(gm, p.args[1])), total),  # type: ignore[misc]
-        )
+
+        def deferred(relay: Node | None = relay, product: Node = product) -> Any:
+            weights = e if relay is None else aten.dropout.default(e, *relay.args[1:])
+            return aten.div.Tensor(aten.matmul.default(weights, proxy(gm, arg(product, 1))), total)
+
+        replace(gm, product, deferred)
     replace(gm, node, lambda: aten.div.Tensor(e, total))
-    for late in (s_node for s_node in gm.graph.nodes if "val" not in s_node.meta):
-        late.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
-        late.meta.setdefault("stack_trace", node.meta.get("stack_trace"))
     return True
 
 

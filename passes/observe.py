@@ -73,7 +73,7 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
     return sites
 
 
-class _Watcher(Interpreter):  # type: ignore[misc]
+class _Watcher(Interpreter):
     """Runs a program and records the range of every site."""
 
     def __init__(self, gm: GraphModule) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fasfx import ops
@@ -15,7 +17,7 @@ from fasfx.runner import Pass
     error=Exact("constant input: the neuron's spikes sum to the closed form"),
     when=lambda code: code in ops.CODES or f"no neuron is known for code {code!r}",
 )
-def qcfs_to_fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: bool) -> Tensor:
+def qcfs_to_fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: bool) -> Any:
     """A clipped value is the spike count of a neuron with threshold theta, initial potential theta / 2.
 
     Shape:  x any, theta broadcastable to x; result like x.   Unit: that of x.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx import ops
-from fasfx.program import constants
+from fasfx.program import arg
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SpikeTrain:
         return f"SpikeTrain({self.code}, {list(self.events.shape)}, firing rate {self.firing_rate:.3f})"
 
 
-class SpikeRecorder(Interpreter):  # type: ignore[misc]
+class SpikeRecorder(Interpreter):
     """Runs a lowered program and keeps the spike train of every site.
 
     thresholds: theta of the sites whose threshold is static; the others' is read from the run.
@@ -52,21 +52,23 @@ class SpikeRecorder(Interpreter):  # type: ignore[misc]
 
     def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
         super().__init__(gm)
-        self._thresholds, self._fixed = thresholds, constants(gm)
+        self._thresholds = thresholds
         self.trains: dict[str, SpikeTrain] = {}
 
     def run_node(self, n: Node) -> Any:
+        """Note the spikes of a neuron, then run it."""
         if n.target is ops.count.op:
             self._record(n)
         return super().run_node(n)
 
     def _record(self, node: Node) -> None:
-        u, code, steps, levels, signed = self.map_nodes_to_values(node.args, node)
+        arguments: Any = self.map_nodes_to_values(node.args, node)
+        u, code, steps, levels, signed = arguments
         row, site = ops.CODES[code], str(node.meta["site"])
         events = row.spikes(u, steps, levels, signed)
         theta = self._thresholds.get(site)
         if theta is not None:
             scale = theta.to(u) / row.capacity(steps, levels)
         else:  # u = x / (theta / N), with theta the row's own maximum
-            scale = self.env[node.args[0].args[1]]  # type: ignore[union-attr,index]
+            scale = self.env[arg(arg(node, 0), 1)]
         self.trains[site] = SpikeTrain(events, scale, code, levels)

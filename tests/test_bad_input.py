@@ -39,9 +39,7 @@ def assert_as_it_was(model: nn.Module, before: tuple[dict[str, Tensor], list[boo
     assert modes == before[1]
     assert after.keys() == before[0].keys()
     for name, value in before[0].items():
-        assert value.view(torch.uint8).equal(after[name].view(torch.uint8)), (
-            f"{name} changed"
-        )  # NaN counts as equal
+        assert value.view(torch.uint8).equal(after[name].view(torch.uint8)), f"{name} changed"  # NaN counts as equal
 
 
 def text() -> Batch:
@@ -135,12 +133,11 @@ CALIBRATIONS: dict[str, tuple[str, Callable[[], Any], type[FasfxError], str]] = 
 }
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CALIBRATIONS)
-def test_calibration(case: str, training: bool) -> None:
+def test_calibration(case: str) -> None:
     family, calibration, expected, words = CALIBRATIONS[case]
-    model = tiny(family).train(training)
-    next(model.children()).train(not training)  # a mode of its own, which must survive too
+    model = tiny(family).train()
+    next(model.children()).eval()  # a mode of its own, which must survive too
     before = state(model)
     with pytest.raises(expected, match=words) as caught:
         fasfx.convert(model, calibration())
@@ -148,7 +145,7 @@ def test_calibration(case: str, training: bool) -> None:
     assert_as_it_was(model, before)
 
 
-@pytest.mark.parametrize("name", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])
+@pytest.mark.parametrize("name", ["encoder.layer.1.intermediate.dense.weight", "embeddings.word_embeddings.weight"])
 def test_nan_in_weights_names_the_place(name: str) -> None:
     model = tiny("bert")
     with torch.no_grad():
@@ -206,8 +203,8 @@ def test_text_model_without_tokenizer_is_not_calibrated_on_unknown_tokens(tmp_pa
     ("field", "value"),
     [
         ("timesteps", 0), ("timesteps", -1), ("timesteps", 1.5), ("timesteps", True), ("timesteps", "4"),
-        ("levels", 0), ("levels", 25), ("code", "morse"), ("code", None), ("granularity", "row"), ("margin", 0.0),
-        ("margin", float("nan")), ("skip", ("(",)), ("skip", (3,)), ("threshold", "mean"),
+        ("levels", 0), ("levels", 25), ("code", "morse"), ("code", None), ("granularity", "row"),
+        ("margin", 0.0), ("margin", float("nan")), ("skip", ("(",)), ("skip", (3,)), ("threshold", "mean"),
     ],
 )  # fmt: skip
 def test_config_value(field: str, value: object) -> None:
@@ -244,8 +241,8 @@ def snn() -> fasfx.SpikingModel:
 
 @pytest.fixture(scope="module")
 def old_snn() -> fasfx.SpikingModel:
-    """What lies in the target before: another T, so another answer."""
-    return fasfx.convert(tiny("bert"), [text()], fasfx.SpikeConfig(timesteps=2))
+    """What lies in the target before: another network in every file."""
+    return fasfx.convert(tiny("gpt2"), [text()], fasfx.SpikeConfig(timesteps=2))
 
 
 def no_space(*args: Any, **kwargs: Any) -> Any:
@@ -286,14 +283,13 @@ def fill_disk(patch: pytest.MonkeyPatch, where: str) -> None:
 
 
 def output(model: fasfx.SpikingModel) -> Tensor:
-    result: Tensor = model(**text()).last_hidden_state
+    with torch.no_grad():
+        result: Tensor = model(**text())[0]
     return result
 
 
 @pytest.mark.parametrize("where", [w for w in WRITERS if w not in ("second rename", "third rename")])
-def test_full_disk_on_a_new_folder(
-    where: str, snn: fasfx.SpikingModel, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_full_disk_on_a_new_folder(where: str, snn: fasfx.SpikingModel, tmp_path: Path, monkeypatch: Any) -> None:
     with monkeypatch.context() as patch:
         fill_disk(patch, where)
         with pytest.raises(CheckpointError, match="No space left on device"):
@@ -336,9 +332,7 @@ def small_files() -> Iterator[None]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_write_that_fails_inside_safetensors(
-    snn: fasfx.SpikingModel, tmp_path: Path, small_files: None
-) -> None:
+def test_write_that_fails_inside_safetensors(snn: fasfx.SpikingModel, tmp_path: Path, small_files: None) -> None:
     with pytest.raises(CheckpointError, match="cannot write"):
         snn.save_pretrained(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -355,9 +349,7 @@ def test_full_disk_on_onnx_export(snn: fasfx.SpikingModel, tmp_path: Path, monke
 
 @pytest.mark.parametrize("target", ["/proc/out", "/proc/a/b/out", "file", "file/out"])
 @pytest.mark.parametrize("kind", ["save_pretrained", "to_onnx"])
-def test_place_that_cannot_be_written(
-    kind: str, target: str, snn: fasfx.SpikingModel, tmp_path: Path
-) -> None:
+def test_place_that_cannot_be_written(kind: str, target: str, snn: fasfx.SpikingModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="cannot write|is a file"):
         getattr(snn, kind)(tmp_path / target)

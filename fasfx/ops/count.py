@@ -32,17 +32,19 @@ LIBRARY.impl("count", count, "CompositeImplicitAutograd")
 op = torch.ops.fasfx.count.default
 
 
-@torch_op("fasfx::count", trace_only=True)  # type: ignore[untyped-decorator]
+@torch_op("fasfx::count", trace_only=True)
 def onnx_count(u: TReal, code: str, steps: int, levels: int, signed: bool) -> TReal:
     """The same float operations in ONNX: Floor, Clip, Mul, Sub only (all of them have GPU kernels at opset 18)."""
     low, top = CODES[code].limits(steps, levels, signed)
     kind = u.dtype.numpy()
 
     def number(value: float) -> Any:
-        return onnx.Constant(value=onnx_ir.tensor(np.array(value, kind)))
+        constant: Any = onnx_ir.tensor(np.array(value, kind))
+        return onnx.Constant(value=constant)
 
     if code != "multi":
-        return onnx.Clip(onnx.Floor(onnx.Add(u, number(0.5))), number(low), number(top))
+        rounded: TReal = onnx.Clip(onnx.Floor(onnx.Add(u, number(0.5))), number(low), number(top))
+        return rounded
     split = number(2.0 ** -np.log2(np.finfo(kind).eps) + 1)
     halves = onnx.Floor(onnx.Clip(onnx.Mul(u, number(2)), number(2 * low), number(2 * top)))
     unsent = onnx.Add(halves, number(0.5))
@@ -50,4 +52,5 @@ def onnx_count(u: TReal, code: str, steps: int, levels: int, signed: bool) -> TR
         scaled = onnx.Mul(unsent, split)
         spike = onnx.Sub(scaled, onnx.Sub(scaled, unsent))
         unsent = onnx.Sub(unsent, spike)
-    return onnx.Floor(onnx.Add(onnx.Mul(onnx.Sub(halves, unsent), number(0.5)), number(0.75)))
+    sent: TReal = onnx.Floor(onnx.Add(onnx.Mul(onnx.Sub(halves, unsent), number(0.5)), number(0.75)))
+    return sent
