@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, default_decompositions
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import GraphModule
 
@@ -19,6 +19,8 @@ from fasfx.program import FACTS, Facts, fake
 
 Inputs = dict[str, Any]
 MAX_REFINEMENTS = 4
+# Written out by torch.export itself, which also makes the graph functional; nothing else is decomposed.
+_DECOMPOSED = (torch.ops.aten.einsum.default,)
 
 
 def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig) -> GraphModule:
@@ -36,8 +38,9 @@ def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig) -> 
         )
     with evaluating(model):
         exported = _export_refining(model, tensors, constants)
-    if any(_mutates(node) for node in exported.graph.nodes):
-        exported = exported.run_decompositions({})  # functional form, no operator decomposed
+    if any(_mutates(node) or node.target in _DECOMPOSED for node in exported.graph.nodes):
+        table = default_decompositions()
+        exported = exported.run_decompositions({target: table[target] for target in _DECOMPOSED})
     return program(exported.module(check_guards=False), config, constants)
 
 

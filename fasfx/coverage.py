@@ -12,7 +12,7 @@ from fasfx import ops
 from fasfx.errors import CoverageError
 from fasfx.levels import is_skipped
 from fasfx.program import constants, facts, fake, module_path, operators
-from fasfx.synapses import MOVES, SYNAPSES, UNSUPPORTED_WORDS, operand, synapses
+from fasfx.synapses import MOVES, SYNAPSES, UNSUPPORTED_WORDS, carried_values, operand, synapses
 
 if TYPE_CHECKING:
     import pandas
@@ -97,13 +97,13 @@ class Coverage:
 
 def coverage(gm: GraphModule) -> Coverage:
     """Classify every operator of a program that computes with values."""
-    live, fixed = dict(synapses(gm)), constants(gm)
+    live, fixed, values = dict(synapses(gm)), constants(gm), carried_values(gm)
     rows = []
     for node in operators(gm):
         if node in live:
             rows.append(_synapse_row(gm, node, live[node]))
         elif node not in fixed and _is_float_work(node):
-            rows.append(_float_row(node))
+            rows.append(_float_row(node, node in values))
     return Coverage(tuple(rows))
 
 
@@ -133,9 +133,10 @@ def _is_spiking(value: Node) -> bool:
     return value.target in (ops.count.op, ops.fire.op)
 
 
-def _float_row(node: Node) -> Row:
-    unsupported = any(word in str(node.target) for word in UNSUPPORTED_WORDS)
+def _float_row(node: Node, on_values: bool) -> Row:
+    unsupported = on_values and any(word in str(node.target) for word in UNSUPPORTED_WORDS)
     reason = "not sent as spikes by this version" if unsupported else "evaluated in float (nonlinear='exact')"
+    reason = reason if on_values else "computed from positions, sizes or masks alone"
     macs = _number(fake(node).numel()) if unsupported and fake(node) is not None else 0  # type: ignore[union-attr]
     return Row(node.name, module_path(node), _name(node), FLOAT, macs, False, reason)
 

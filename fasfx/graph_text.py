@@ -14,8 +14,8 @@ Weights are named, not written; `parse` takes them from a mapping.
 from __future__ import annotations
 
 import ast
+import importlib
 import json
-import operator
 import re
 import textwrap
 from collections.abc import Mapping
@@ -35,7 +35,12 @@ from fasfx.program import FACTS, Facts, attribute, facts, infer_node, module_pat
 
 FORMAT = 1
 _TYPES = {"device": torch.device, "float": float, "slice": slice}
-_NAMESPACES: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "operator": operator}
+_COMPARE = {"eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"}
+_SIZE_FUNCTIONS = {
+    "operator": {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow"} | _COMPARE,
+    "math": {"floor", "ceil", "trunc"},
+    "torch": {"sym_max", "sym_min", "sym_float", "sym_int", "sym_not", "sym_ite", "sym_sum"},
+}
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -233,13 +238,16 @@ class _Reader:
         return {str(size): name for name, size in self._symbols.items()}
 
     def _target(self, function: ast.expr) -> Any:
+        """A torch operator, or a function on sizes; nothing else can be called from a text."""
         path = ast.unparse(function)
-        first, *rest = path.split(".")
-        if first not in _NAMESPACES and first not in ("math", "builtins"):
-            raise GraphTextError(f"unknown call {path!r}")
-        value = _NAMESPACES.get(first) or __import__(first)
-        for part in rest:
-            value = getattr(value, part)
+        namespace, _, rest = path.partition(".")
+        if namespace in _SIZE_FUNCTIONS and rest in _SIZE_FUNCTIONS[namespace]:
+            return getattr(importlib.import_module(namespace), rest)
+        value: Any = torch.ops
+        for part in path.removeprefix("torch.ops.").split("."):
+            value = getattr(value, part, None)
+        if not isinstance(value, torch._ops.OpOverload):
+            raise GraphTextError(f"unknown operator {path!r}")
         return value
 
     def _evaluate(self, expression: ast.expr) -> Any:

@@ -138,7 +138,7 @@ class SpikingModel(nn.Module):
 
     @property
     def latency_ticks(self) -> dict[str, int]:
-        """Ticks until the answer: sequential (depth in neurons * T) and what the synchronous schedule would need (T)."""
+        """Ticks until the answer: sequential (depth in neurons * T), and T, what a synchronous schedule would need."""
         return {"sequential": depth(self.graph_module) * self.timesteps, "synchronous": self.timesteps}
 
     def __repr__(self) -> str:

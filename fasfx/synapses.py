@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fasfx.program import constants, fake
+from fasfx.program import fake
 
 aten = torch.ops.aten
 
@@ -71,6 +71,7 @@ UNSUPPORTED_WORDS = (
     "attention",
     "bilinear",
 )
+_LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}
 # Value-preserving operators a spike passes unchanged.
 RELAYS = (aten.dropout.default,)
 
@@ -83,13 +84,43 @@ def operand(node: Any) -> Any:
 
 
 def synapses(gm: GraphModule) -> Iterator[tuple[Node, tuple[int, ...]]]:
-    """Synaptic nodes with the argument positions that carry values: operands that are not weights."""
-    fixed = constants(gm)
+    """Synaptic nodes with the argument positions that carry values: not weights, positions or masks."""
+    values = carried_values(gm)
     for node in gm.graph.nodes:
         if (synapse := SYNAPSES.get(node.target)) is not None:
-            live = tuple(i for i in synapse.operands if i < len(node.args) and node.args[i] not in fixed)
-            if live and node not in fixed:
+            live = tuple(i for i in synapse.operands if i < len(node.args) and node.args[i] in values)
+            if live:
                 yield node, live
+
+
+def carried_values(gm: GraphModule) -> set[Node]:
+    """Nodes computed from what the network is given: floating point inputs and looked-up embeddings.
+
+    Tables made of positions, sizes and masks alone (rotary angles, biases of masked scores) are none: their
+    range follows the length of the input, not the calibration.
+    """
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        value = fake(node)
+        if value is None or not value.is_floating_point():
+            continue
+        given = node.op == "placeholder" or (node.target in _LOOKUPS and _depends_on_input(node))
+        if given or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _depends_on_input(node: Node) -> bool:
+    """Whether the values of an input, not only its sizes, reach a node."""
+    seen, waiting = set[Node](), [node]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen and "sym_size" not in str(node.target):
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
 
 
 def accumulations(value: Node) -> list[Node]:

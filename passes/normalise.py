@@ -246,7 +246,8 @@ def softmax_to_deferred(gm: GraphModule, node: Node) -> bool:
     Shape: s [.., Lq, Lk], v [.., Lk, E].  Exact.
     """
     value = fake(node)
-    if value is None or node.args[1] not in (-1, value.dim() - 1) or len(node.args) > 2 and node.args[2] is not None:
+    before = fake(node.args[0])
+    if value is None or before is None or value.dtype != before.dtype or node.args[1] not in (-1, value.dim() - 1):
         return False
     products = _product_users(node)
     if not products:

@@ -194,9 +194,7 @@ def _flat(call: Callable[..., Any], width: int = 8, **layers: Any) -> Callable[[
     return lambda: (Calls(call, **{k: v() for k, v in layers.items()}), torch.randn(3, width))
 
 
-def _sequence(
-    call: Callable[..., Any], *, shape: tuple[int, ...] = (3, 5, 8), **layers: Any
-) -> Callable[..., Any]:
+def _sequence(call: Callable[..., Any], *, shape: tuple[int, ...] = (3, 5, 8), **layers: Any) -> Callable[..., Any]:
     return lambda: (Calls(call, **{k: v() for k, v in layers.items()}), torch.randn(shape))
 
 
@@ -239,12 +237,8 @@ NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "slice_and_select": _sequence(lambda m, x: m.b(m.a(x)[:, 1:][:, 0]), a=_linear(), b=_linear()),
     "matmul": _sequence(lambda m, x: torch.matmul(m.a(x), m.b(x).transpose(1, 2)), a=_linear(), b=_linear()),
     "matmul_same": _sequence(lambda m, x: torch.matmul(m.a(x), m.a(x)), shape=(3, 8, 8), a=_linear()),
-    "matmul_square": _sequence(
-        lambda m, x: (lambda y: torch.matmul(y, y))(m.a(x)), shape=(3, 8, 8), a=_linear()
-    ),
-    "matmul_weight": _sequence(
-        lambda m, x: torch.matmul(m.a(x), m.w), a=_linear(), w=lambda: torch.randn(8, 4)
-    ),
+    "matmul_square": _sequence(lambda m, x: (lambda y: torch.matmul(y, y))(m.a(x)), shape=(3, 8, 8), a=_linear()),
+    "matmul_weight": _sequence(lambda m, x: torch.matmul(m.a(x), m.w), a=_linear(), w=lambda: torch.randn(8, 4)),
     "tied": _sequence(lambda m, x: F.linear(F.relu(F.linear(x, m.w)) * 3, m.w), w=lambda: torch.randn(8, 8)),
     "dynamic_weight": _sequence(lambda m, x: F.linear(x, m.a(x[0])), a=_linear()),
     "attention": lambda: (Attention(), torch.randn(2, 5, 16)),
@@ -330,6 +324,7 @@ def configs(**fixed: Any) -> st.SearchStrategy[SpikeConfig]:
         "timesteps": st.integers(1, 6),
         "levels": st.integers(4, 20),
         "granularity": st.sampled_from(("tensor", "channel", "token")),
+        "margin": st.just(1.37),  # with 1.2 or 2 the calibrated maximum can sit on a rounding tie
     }
     return st.builds(SpikeConfig, **(options | {k: st.just(v) for k, v in fixed.items()}))
 
@@ -404,9 +399,7 @@ def same(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         size = float(a.nan_to_num(0, 0, 0).abs().max()) if a.numel() else 0.0
-        if a.shape != b.shape or not torch.allclose(
-            a, b, rtol=0, atol=tolerance * max(size, 1e-30), equal_nan=True
-        ):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=0, atol=tolerance * max(size, 1e-30), equal_nan=True):
             return False
     return True
 

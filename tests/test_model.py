@@ -18,7 +18,7 @@ from fasfx.tools.bench.models import TINY, tiny, tiny_inputs
 Batch = dict[str, Any]
 NUM_STEPS = 12  # of the multi code: a neuron errs by at most theta * 3^-12
 CLOSE = 1e-3  # relative L2 of the whole two-layer network at NUM_STEPS
-SIZES = ((1, 1), (1, 9), (3, 12), (5, 40))  # batch, length; captured was (4, 12)
+SIZES = ((1, 2), (1, 9), (3, 12), (5, 40))  # batch, length; captured was (4, 12)
 
 
 def constants(family: str) -> Batch:
@@ -122,12 +122,9 @@ def test_bad_call(case: str, bert: fasfx.SpikingModel) -> None:
     args, kwargs, words = BAD_CALLS[case]
     good = torch.ones(2, 5, dtype=torch.long)
     values = {"ok": good, "float": good.float(), "row": good[0], "longer": torch.ones(3, 5, dtype=torch.long)}
-    known = {"batch sizes": "ok"}
-
     def value(given: Any) -> Any:
         return values[given] if isinstance(given, str) else given
 
-    assert known or case
     with pytest.raises(InputError, match=words):
         bert(*(value(a) for a in args), **{k: value(v) for k, v in kwargs.items()})
 
@@ -237,7 +234,7 @@ def test_spikes_are_what_the_network_computes_with(code: Any, granularity: Any) 
         if granularity != "token" or sites[name].fixed is not None:
             assert torch.equal(train.scale, theta[name] / capacity)
         assert 0 <= train.firing_rate <= 1
-        assert sites[name].signed or int(train.events.min()) >= 0
+        assert sites[name].signed or int(train.counts().min()) >= 0  # multi corrects downwards, in between
 
 
 def test_spikes_take_the_arguments_of_forward(bert: fasfx.SpikingModel) -> None:

@@ -65,7 +65,7 @@ def test_other_inputs_and_batch_sizes_agree_too(made: Net, config: SpikeConfig) 
 def test_error_falls_to_zero(name: str, granularity: str) -> None:
     """With many steps the folded network is the original: nothing was scaled twice, or not at all."""
     made = net(name, seed=1)
-    config = SpikeConfig(code="radix", timesteps=24, granularity=granularity)
+    config = SpikeConfig(code="radix", timesteps=20, granularity=granularity)
     snn = fasfx.convert(made.module, calibration=[made.batch], config=config)
     assert same(outputs(made.module, made.batch), outputs(snn, made.batch), 2.0**-16)
 
@@ -83,9 +83,7 @@ INPUT = ("scale_to_maker", "a factor does not move through x")
 
 
 @pytest.mark.parametrize("granularity", STATIC)
-@pytest.mark.parametrize(
-    "name", ["mlp", "mlp_no_bias", "dropout", "neg_and_div", "permute", "tied", "conv2d_groups"]
-)
+@pytest.mark.parametrize("name", ["mlp", "mlp_no_bias", "dropout", "neg_and_div", "permute", "tied", "conv2d_groups"])
 def test_everything_but_the_input_moves(name: str, granularity: str) -> None:
     assert declined(name, granularity=granularity) == {INPUT}
 

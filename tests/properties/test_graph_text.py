@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,17 +24,18 @@ def tensors(gm: GraphModule) -> dict[str, Tensor]:
     return {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
 
 
-def assert_round_trip(gm: GraphModule, batch: dict[str, Tensor]) -> None:
+def assert_round_trip(gm: GraphModule, *batches: dict[str, Tensor]) -> None:
     shown = text(gm)
     read = parse(shown, tensors(gm), facts(gm).config)
     assert text(read) == shown == text(gm)
     assert facts(read).level == facts(gm).level
-    for found, wanted in zip(outputs(read, batch), outputs(gm, batch), strict=True):
-        assert found.dtype == wanted.dtype and torch.equal(found.nan_to_num(), wanted.nan_to_num())
+    for batch in batches:
+        for found, wanted in zip(outputs(read, batch), outputs(gm, batch), strict=True):
+            assert found.dtype == wanted.dtype and torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
 @given(graphs())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_random_graphs_round_trip(made: Net) -> None:
     assert_round_trip(capture(made.module, made.batch, SpikeConfig()), made.batch)
 
@@ -43,8 +43,9 @@ def test_random_graphs_round_trip(made: Net) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_every_level_round_trips(name: str) -> None:
     made = net(name)
-    for program in stages(made, SpikeConfig(code="radix", granularity="channel")).values():
-        assert_round_trip(program, made.batch)
+    levels = stages(made, SpikeConfig(code="radix", granularity="channel"))
+    for level in ("NORMAL", "CLIPPED", "FOLDED", "LOWERED"):
+        assert_round_trip(levels[level], made.batch)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -52,12 +53,9 @@ def test_families_round_trip(family: str) -> None:
     batch = tiny_inputs(family)
     constants = {} if family in ("bert", "vit") else {"use_cache": False}
     snn = fasfx.convert(tiny(family), calibration=[batch | constants])
+    other = tiny_inputs(family, batch_size=3, length=9, seed=1)
     for program in (snn.ranged, snn.graph_module):
-        assert_round_trip(program, batch)
-        other = tiny_inputs(family, batch_size=3, length=9, seed=1)
-        read = parse(text(program), tensors(program), facts(program).config)
-        for found, wanted in zip(outputs(read, other), outputs(program, other), strict=True):
-            assert torch.equal(found, wanted)
+        assert_round_trip(program, batch, other)
 
 
 def test_same_model_same_text() -> None:
@@ -108,7 +106,7 @@ BAD: dict[str, tuple[str, str]] = {
     "unknown dtype": (changed("float32[batch, 4]\nlinear", "float33[batch, 4]\nlinear"), "line 5"),
     "wrong number of arguments": (changed("(x, w)", "()"), "line 6"),
     "wrong shape": (changed("float32[batch, 4]\nlinear", "float32[batch, 5]\nlinear"), "line 6"),
-    "name defined twice": (changed("linear = ", "x = "), "line 6"),
+    "name defined twice": (changed("linear = ", "x = ").replace("[linear]", "[x]"), "line 6.*'x'"),
     "text after the return": (GOOD + "y = aten.relu.default(x)\n", "cut off|line 8"),
 }
 
@@ -123,30 +121,30 @@ def test_what_cannot_be_read_is_named(source: str, where: str) -> None:
 
 # Each is the call of line 6; {path} is a file that must not appear.
 CALLS = {
-    "import": "__import__(\"os\").system(\"touch {path}\")",
+    "import": '__import__("os").system("touch {path}")',
     "builtins eval": "builtins.eval(\"open('{path}', 'w')\")",
     "builtins exec": "builtins.exec(\"open('{path}', 'w')\")",
-    "builtins open": "builtins.open(\"{path}\", \"w\")",
-    "builtins import": "builtins.__import__(\"antigravity\")",
-    "builtins getattr": "builtins.getattr(x, \"shape\")",
-    "os behind torch": "torch.serialization.os.system(\"touch {path}\")",
-    "os behind torch, popen": "torch.os.popen(\"touch {path}\")",
-    "torch load": "torch.load(\"{path}\")",
-    "torch save": "torch.save([1], \"{path}\")",
-    "load library": "torch.ops.load_library(\"{path}\")",
+    "builtins open": 'builtins.open("{path}", "w")',
+    "builtins import": 'builtins.__import__("antigravity")',
+    "builtins getattr": 'builtins.getattr(x, "shape")',
+    "os behind torch": 'torch.serialization.os.system("touch {path}")',
+    "os behind torch, popen": 'torch.os.popen("touch {path}")',
+    "torch load": 'torch.load("{path}")',
+    "torch save": 'torch.save([1], "{path}")',
+    "load library": 'torch.ops.load_library("{path}")',
     "module behind the operators": "torch.ops.sys.modules.clear()",
-    "an operator's globals": "aten.linear.default.__init__.__globals__.get(\"x\")",
+    "an operator's globals": 'aten.linear.default.__init__.__globals__.get("x")',
     "operator call": "operator.call(1)",
-    "operator methodcaller": "operator.methodcaller(\"__class__\")",
-    "operator attrgetter": "operator.attrgetter(\"__class__\")",
+    "operator methodcaller": 'operator.methodcaller("__class__")',
+    "operator attrgetter": 'operator.attrgetter("__class__")',
     "operator setitem": "operator.setitem(x, 0, 1)",
-    "math behind": "math.__loader__.load_module(\"os\")",
+    "math behind": 'math.__loader__.load_module("os")',
     "set seed": "torch.manual_seed(7)",
     "default dtype": "torch.set_default_dtype(torch.float64)",
-    "from file": "aten.from_file.default(\"{path}\", True, 4)",
+    "from file": 'aten.from_file.default("{path}", True, 4)',
     "lambda": "(lambda: x)()",
     "subscript": "[aten][0].relu.default(x)",
-    "nested call": "aten.linear.default(builtins.open(\"{path}\", \"w\"), w)",
+    "nested call": 'aten.linear.default(builtins.open("{path}", "w"), w)',
 }
 
 
@@ -206,12 +204,11 @@ def test_treespecs_name_known_types_only() -> None:
         parse(changed("# call {}", "# call " + header), WEIGHTS)
 
 
-
 @pytest.mark.parametrize(
     "call",
     [
-        "aten.full.default([2], float(\"inf\"), dtype=torch.float32, device=device(\"cpu\"), pin_memory=False)",
-        "aten.full.default([2], float(\"-inf\"), layout=torch.strided)",
+        'aten.full.default([2], float("inf"), dtype=torch.float32, device=device("cpu"), pin_memory=False)',
+        'aten.full.default([2], float("-inf"), layout=torch.strided)',
         "aten.clone.default(x, memory_format=torch.contiguous_format)",
         "aten.sum.dim_IntList(x, [-1], True, dtype=None)",
         "aten.gelu.default(x, approximate='tanh')",

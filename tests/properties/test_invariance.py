@@ -42,7 +42,6 @@ def run(spiking: tuple[str, dict[str, fasfx.SpikingModel]], code: str, batch: di
     return output, {site: train.counts() for site, train in networks[code].spikes(**batch).items()}
 
 
-
 @pytest.mark.parametrize("code", CODES)
 def test_permuting_the_batch_permutes_everything(spiking: Any, code: str) -> None:
     batch = tiny_inputs(spiking[0], batch_size=5, seed=7)

@@ -209,9 +209,7 @@ def test_exported_operator_stays_one_node(op: Any, neuron: Neuron) -> None:
             theta = () if op is count.op else (x.new_tensor(2.0),)
             return op(x, *theta, *neuron.args)
 
-    exported = torch.export.export(
-        Module(), (torch.randn(3, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
+    exported = torch.export.export(Module(), (torch.randn(3, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     assert [n.target for n in exported.graph.nodes].count(op) == 1
     x = torch.randn(5, 4)
     assert torch.equal(exported.module()(x), Module()(x))
@@ -256,9 +254,7 @@ def test_values_outside_are_clipped(data: st.DataObject, neuron: Neuron, theta: 
 @given(neurons(), thresholds())
 def test_doubling_the_steps_halves_the_bound(neuron: Neuron, theta: float) -> None:
     """Down to the last level of a multi neuron, which no further step can halve."""
-    once, twice = (
-        neuron.row.error_bound(theta, steps, neuron.levels) for steps in (neuron.steps, 2 * neuron.steps)
-    )
+    once, twice = (neuron.row.error_bound(theta, steps, neuron.levels) for steps in (neuron.steps, 2 * neuron.steps))
     floor = theta * 2.0**-neuron.levels if neuron.code == "multi" else 0.0
     assert twice <= max(once / 2, floor) * (1 + ROUNDING)
 
@@ -282,9 +278,7 @@ def test_qcfs_has_the_count_of_the_rate_neuron(data: st.DataObject, neuron: Neur
     events = neuron.row.spikes(x[clear] * (neuron.steps / theta), *neuron.numbers)
     assert neuron.row.decode(events, 1).tolist() == wanted
     for form in (fired, quantised):
-        assert torch.allclose(
-            form(neuron, x, theta)[clear], formula[clear], rtol=ROUNDING, atol=ROUNDING * theta
-        )
+        assert torch.allclose(form(neuron, x, theta)[clear], formula[clear], rtol=ROUNDING, atol=ROUNDING * theta)
 
 
 @given(st.data(), neurons(), thresholds(), powers_of_two(), st.sampled_from(DTYPES))
@@ -353,9 +347,7 @@ def test_fire_surrogate_gradient_is_that_of_clip(data: st.DataObject, neuron: Ne
 
 @pytest.mark.parametrize("neuron", ONE_PER_CODE, ids=lambda n: n.code)
 def test_count_passes_gradients_straight_through(neuron: Neuron) -> None:
-    u = torch.tensor(
-        [-2.0 * neuron.top, -0.3, 0.4, 2.0 * neuron.top], dtype=torch.float64, requires_grad=True
-    )
+    u = torch.tensor([-2.0 * neuron.top, -0.3, 0.4, 2.0 * neuron.top], dtype=torch.float64, requires_grad=True)
     closed_form(neuron, u).sum().backward()
     assert u.grad is not None and u.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
 

@@ -5,7 +5,7 @@ both backends the same inputs, all in one forward pass of real text:
 
 | what is compared   | same inputs                                                               |
 |--------------------|---------------------------------------------------------------------------|
-| neuron alone       | torch's u, fed to an ONNX model of the neuron operator alone              |
+| neuron alone       | torch's u, fed to the neuron cut out of the exported network               |
 | neuron in the net  | ONNX Runtime's own u, read out of the exported network, fed to torch      |
 | everything between | the spikes of all sites before: torch runs the network, at every site its |
 |                    | counts are compared and then replaced by those of ONNX Runtime            |
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+import onnxruntime
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
@@ -55,42 +56,41 @@ def compare(found: Tensor, expected: Tensor, neuron: Neuron) -> Tally:
     return Tally(found.numel(), int(apart.sum()), int(beyond.sum()))
 
 
-class _Alone(torch.nn.Module):
-    def __init__(self, neuron: Neuron) -> None:
-        super().__init__()
-        self.neuron = neuron
-
-    def forward(self, u: Tensor) -> Tensor:
-        found: Tensor = ops.count.op(u, *self.neuron)
-        return found
-
-
-def neuron_session(neuron: Neuron) -> Any:
-    """An ONNX Runtime session of one neuron operator, u [n] -> counts [n]."""
-    import onnxruntime
-
-    shapes = ({0: torch.export.Dim.DYNAMIC},)
-    program = torch.onnx.export(_Alone(neuron), (torch.zeros(3),), dynamic_shapes=shapes, opset_version=18)
-    assert program is not None
-    return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), session_options())
-
-
 class Exposed:
     """An exported network that also returns u and the count of every site, in the order of the sites."""
 
     def __init__(self, folder: Path, code: str) -> None:
-        import onnxruntime
-
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
-        makers = {name: node for node in model.graph.node for name in node.output}
-        counts = sorted((n for n in makers if re.fullmatch(r"count(_\d+)?", n)), key=lambda n: int(n[6:] or 0))
+        self.model = onnx.load(folder / "model.onnx", load_external_data=False)
+        self._makers = {name: node for node in self.model.graph.node for name in node.output}
+        counts = sorted((n for n in self._makers if re.fullmatch(r"count(_\d+)?", n)), key=lambda n: int(n[6:] or 0))
         hops = 7 if code == "multi" else 3  # operators of the neuron from its count back to u, see onnx_count
-        self.sites = [(_upstream(makers, name, hops), name) for name in counts]
-        known = {value.name for value in model.graph.output}
-        for name in sorted({name for site in self.sites for name in site} - known):
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-        onnx.save(model, folder / "exposed.onnx")
+        self.sites = [(self._upstream(name, hops), name) for name in counts]
+        exposed = onnx.ModelProto()
+        exposed.CopyFrom(self.model)
+        known = {value.name for value in exposed.graph.output}
+        exposed.graph.output.extend(_values({name for site in self.sites for name in site} - known))
+        onnx.save(exposed, folder / "exposed.onnx")
         self.session = onnxruntime.InferenceSession(folder / "exposed.onnx", session_options())
+
+    def _upstream(self, name: str, hops: int) -> str:
+        for _ in range(hops):
+            name = self._makers[name].input[0]
+        return name
+
+    def alone(self, u: str, count: str) -> Any:
+        """A session of one neuron, cut out of the exported network: u of any shape -> counts."""
+        wanted, needed = [count], set[str]()
+        while wanted:
+            name = wanted.pop()
+            if name != u and name not in needed:
+                needed.add(name)
+                wanted += self._makers[name].input if name in self._makers else ()
+        graph = self.model.graph
+        nodes = [node for node in graph.node if node.output[0] in needed]
+        numbers = [number for number in graph.initializer if number.name in needed]
+        cut = onnx.helper.make_graph(nodes, "neuron", _values({u}), _values({count}), numbers)
+        model = onnx.helper.make_model(cut, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
+        return onnxruntime.InferenceSession(model.SerializeToString(), session_options())
 
     def __call__(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """(u, count) of every site."""
@@ -100,10 +100,8 @@ class Exposed:
         return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _upstream(makers: dict[str, Any], name: str, hops: int) -> str:
-    for _ in range(hops):
-        name = makers[name].input[0]
-    return name
+def _values(names: set[str]) -> list[Any]:
+    return [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(names)]
 
 
 class Forced(Interpreter):
@@ -132,9 +130,10 @@ class Forced(Interpreter):
 @torch.no_grad()
 def tallies(snn: fasfx.SpikingModel, folder: Path, batches: list[Batch]) -> dict[str, dict[str, Tally]]:
     """Comparison: site: tally over all batches. `folder` holds the export of snn; exposed.onnx is added to it."""
-    neurons = {tuple(n.args[1:]) for n in snn.graph_module.graph.find_nodes(op="call_function", target=ops.count.op)}
-    alone = {neuron: neuron_session(neuron) for neuron in neurons}
     exposed, total = Exposed(folder, snn.spike_config.code), dict[str, dict[str, Tally]]()
+    neurons = [n.args[1:] for n in snn.graph_module.graph.find_nodes(op="call_function", target=ops.count.op)]
+    one_of_a_kind: dict[Any, tuple[str, str]] = dict(zip(neurons, exposed.sites, strict=True))
+    alone = {kind: exposed.alone(*site) for kind, site in one_of_a_kind.items()}
     for batch in batches:
         run = Forced(snn, exposed(batch), alone)
         run.run(*snn._inputs((), batch).values())

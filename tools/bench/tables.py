@@ -67,12 +67,7 @@ def markdown(table: Table) -> str:
     mark = {True: "✓", False: "✗", None: ""}
     header = [*table.columns, "target", ""]
     rows = [
-        [
-            line.label.replace("|", "\\|"),
-            *(_cell(line.form, figure) for figure in line.figures),
-            line.target,
-            mark[line.met],
-        ]
+        [line.label, *(_cell(line.form, figure) for figure in line.figures), line.target, mark[line.met]]
         for line in table.lines
     ]
     widths = [max(3, *(len(row[at]) for row in [header, *rows])) for at in range(len(header))]
