@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from fasfx.program import fake
 
@@ -101,13 +102,17 @@ def carried_values(gm: GraphModule) -> set[Node]:
     """
     found: set[Node] = set()
     for node in gm.graph.nodes:
-        value = fake(node)
-        if value is None or not value.is_floating_point():
+        if not any(leaf.is_floating_point() for leaf in _tensors(node)):
             continue
         given = node.op == "placeholder" or (node.target in _LOOKUPS and _depends_on_input(node))
         if given or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _tensors(node: Node) -> list[Tensor]:
+    """The fake tensors a node gives: one, or the parts of a split."""
+    return [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
 
 
 def _depends_on_input(node: Node) -> bool:

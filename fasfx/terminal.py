@@ -59,6 +59,7 @@ def progress() -> Iterator[Report]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the notices of torch and transformers; fasfx's own warnings become one line. Errors pass."""
+    import torch  # noqa: F401  (sets the levels of its loggers when it is imported)
     from transformers.utils import logging as transformers_logging
 
     levels = {name: logging.getLogger(name).level for name in LOUD}

@@ -40,10 +40,10 @@ def bmm_to_matmul(x: Tensor, y: Tensor) -> Any:
     return aten.bmm.default(x, y)
 
 
-@rewrite(into=lambda add, x, y: aten.add.Tensor(add, aten.matmul.default(x, y)))
-def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor) -> Any:
-    """Batched product added to a tensor, with unit alpha and beta.  Exact."""
-    return aten.baddbmm.default(add, x, y)
+@rewrite(into=lambda add, x, y, beta, alpha: _sum(add, aten.matmul.default(x, y), beta, alpha))
+def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor, beta: float, alpha: float) -> Any:
+    """beta add + alpha x y, batched.  Exact."""
+    return aten.baddbmm.default(add, x, y, beta=beta, alpha=alpha)
 
 
 @rewrite(
@@ -87,6 +87,14 @@ def zeroed_attention_to_attention(
     empty = aten.lt.Scalar(aten.sum.dim_IntList(kept, [-1], True), one)
     attended = aten.scaled_dot_product_attention.default(q, k, v, added, scale=scale)
     return aten.where.self(empty, zero, attended)
+
+
+def _sum(add: Proxy, product: Any, beta: float, alpha: float) -> Any:
+    """beta add + alpha product; at beta = 0 the addend is not read."""
+    scaled = product if alpha == 1 else aten.mul.Tensor(product, alpha)
+    if beta == 0:
+        return scaled
+    return aten.add.Tensor(add if beta == 1 else aten.mul.Tensor(add, beta), scaled)
 
 
 def _last(x: Proxy) -> int:
@@ -163,7 +171,10 @@ def remove_identities(gm: GraphModule) -> bool:
     gone = [
         n
         for n in gm.graph.nodes
-        if n.target in same or (n.target in convert and _unchanged(n)) or (n.target is aten.slice.Tensor and _whole(n))
+        if n.target in same
+        or (n.target in convert and _unchanged(n))
+        or (n.target is aten.clone.default and not n.kwargs)
+        or (n.target is aten.slice.Tensor and _whole(n))
     ]
     for node in gone:
         node.replace_all_uses_with(arg(node, 0))

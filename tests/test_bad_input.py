@@ -113,7 +113,7 @@ CALIBRATIONS: dict[str, tuple[str, Callable[[], Any], type[FasfxError], str]] = 
     "inputs of different batch size": (
         "bert",
         lambda: [text(), text() | {"attention_mask": text()["attention_mask"][:3]}],
-        InputError,
+        CalibrationError,
         "batch 1",
     ),
     "token beyond the vocabulary": (

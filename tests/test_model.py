@@ -122,6 +122,7 @@ def test_bad_call(case: str, bert: fasfx.SpikingModel) -> None:
     args, kwargs, words = BAD_CALLS[case]
     good = torch.ones(2, 5, dtype=torch.long)
     values = {"ok": good, "float": good.float(), "row": good[0], "longer": torch.ones(3, 5, dtype=torch.long)}
+
     def value(given: Any) -> Any:
         return values[given] if isinstance(given, str) else given
 

@@ -17,7 +17,7 @@ from fasfx.config import SpikeConfig
 from fasfx.errors import GraphTextError
 from fasfx.graph_text import parse, text
 from fasfx.program import facts
-from fasfx.tools.bench.models import TINY, tiny, tiny_inputs
+from fasfx.tools.bench.models import tiny, tiny_inputs
 
 
 def tensors(gm: GraphModule) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ def test_every_level_round_trips(name: str) -> None:
         assert_round_trip(levels[level], made.batch)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", ["bert", "llama", "t5", "vit"])
 def test_families_round_trip(family: str) -> None:
     batch = tiny_inputs(family)
     constants = {} if family in ("bert", "vit") else {"use_cache": False}

@@ -10,6 +10,7 @@ from torch import Tensor
 import fasfx
 from fasfx.config import SpikeConfig
 from fasfx.ops import CODES
+from fasfx.program import copy_program, facts
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
 FLOAT_ACCURACY = 1e-9
@@ -22,12 +23,17 @@ OUTPUT = {"bert": "last_hidden_state", "llama": "logits"}
 def spiking(request: pytest.FixtureRequest) -> tuple[str, dict[str, fasfx.SpikingModel]]:
     """One float64 network of a family per code."""
     family = request.param
-    model = tiny(family).double()
     calibration = [without_cache(family, tiny_inputs(family, batch_size=4, seed=seed)) for seed in range(2)]
-    return family, {
-        code: fasfx.convert(model, calibration=calibration, config=SpikeConfig(code=code, timesteps=STEPS[code]))
-        for code in CODES
-    }
+    config = SpikeConfig(code="multi", timesteps=STEPS["multi"])
+    multi = fasfx.convert(tiny(family).double(), calibration=calibration, config=config)
+    return family, {code: multi if code == "multi" else recoded(multi, code) for code in CODES}
+
+
+def recoded(snn: fasfx.SpikingModel, code: str) -> fasfx.SpikingModel:
+    """The same calibrated network with another code: capturing it again would take seconds."""
+    ranged = copy_program(snn.ranged)
+    facts(ranged).config = SpikeConfig(code=code, timesteps=STEPS[code])
+    return fasfx.SpikingModel(ranged, snn.config)
 
 
 def without_cache(family: str, batch: dict[str, Tensor]) -> dict[str, Any]:
