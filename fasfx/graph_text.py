@@ -31,6 +31,7 @@ from torch.utils import _pytree
 
 from fasfx.config import SpikeConfig
 from fasfx.errors import GraphTextError
+from fasfx.levels import LEVELS
 from fasfx.program import FACTS, Facts, attribute, facts, infer_node, module_path, source_line
 
 FORMAT = 1
@@ -133,14 +134,26 @@ def parse(source: str, tensors: Mapping[str, Tensor], config: SpikeConfig | None
     for number, line in enumerate(lines, 1):
         if line and not line.startswith("#"):
             reader.read(number, line)
-    call = json.loads(header["call"])
-    if call:
-        spec_in, spec_out = (_treespec(call[key]) for key in ("in_spec", "out_spec"))
-        reader.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(call["args"], spec_in, spec_out)))
+    if header["level"] not in LEVELS:
+        raise GraphTextError(f"unknown level {header['level']!r}: known are {', '.join(LEVELS)}")
+    try:
+        if call := json.loads(header["call"]):
+            for name in call["args"]:
+                _check_path(name)
+            spec_in, spec_out = (_treespec(call[key]) for key in ("in_spec", "out_spec"))
+            reader.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(call["args"], spec_in, spec_out)))
+    except (ValueError, KeyError, TypeError, NotImplementedError, AttributeError, ImportError) as error:
+        raise GraphTextError(f"the call line cannot be read: {error}") from error
     gm = GraphModule(reader.root, reader.graph)
     gm.graph.lint()
     gm.meta[FACTS] = Facts(header["level"], config or SpikeConfig(), symbols=reader.symbols)
     return gm.eval()
+
+
+def _check_path(path: Any) -> None:
+    """torch.fx writes these names into Python source: only dotted identifiers may get that far."""
+    if not isinstance(path, str) or not all(part.isidentifier() or part.isdigit() for part in path.split(".")):
+        raise GraphTextError(f"{path!r} is no name")
 
 
 def _treespec(dumped: str) -> Any:
@@ -179,7 +192,11 @@ class _Reader:
         args = [self._evaluate(a) for a in call.args]
         kwargs = {str(k.arg): self._evaluate(k.value) for k in call.keywords}
         function = ast.unparse(call.func)
-        kind, _, rest = note.partition("]")
+        kind = note.partition("]")[0]
+        if name in self._nodes:
+            raise GraphTextError(f"{name!r} is defined twice")
+        if function in ("placeholder", "get_attr"):
+            _check_path(args[0])
         if function == "placeholder":
             node = self.graph.create_node("placeholder", args[0], (), {}, name)
             node.meta["val"] = self._input(kind)
@@ -191,7 +208,7 @@ class _Reader:
             node = self.graph.create_node("call_function", self._target(call.func), tuple(args), kwargs, name)
             with self._mode:
                 infer_node(node)
-        self._provenance(node, rest if "]" in note else note)
+        self._provenance(node, note)
         return node
 
     def _provenance(self, node: Node, note: str) -> None:
@@ -269,5 +286,6 @@ class _Reader:
             case ast.Call(func=ast.Name(id=kind), args=items) if kind in _TYPES:
                 return _TYPES[kind](*(self._evaluate(i) for i in items))
             case ast.Attribute(value=ast.Name(id="torch"), attr=name):
-                return getattr(torch, name)
+                if isinstance(found := getattr(torch, name, None), torch.dtype | torch.layout | torch.memory_format):
+                    return found
         raise GraphTextError(f"cannot read {ast.unparse(expression)!r}")

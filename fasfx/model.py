@@ -47,7 +47,7 @@ class SpikingModel(nn.Module):
         if facts(ranged).config.strict:
             require_full(found)
         self.ranged, self.graph_module, self.coverage = ranged, lowered, found
-        self.graph_module.requires_grad_(False)
+        _freeze(lowered)
 
     # --- running -----------------------------------------------------------------------------------------
 
@@ -169,6 +169,14 @@ class SpikingModel(nn.Module):
         from fasfx.runtime.onnx import export
 
         export(self, Path(folder), opset_version)
+
+
+def _freeze(gm: GraphModule) -> None:
+    """No gradients, by parameters of its own that share their storage: the caller's stay trainable."""
+    for module in gm.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def depth(gm: GraphModule) -> int:

@@ -29,7 +29,6 @@ _THROUGH_ALL = {  # element by element, positively homogeneous: any positive sca
     aten.contiguous.default,
     aten.clone.default,
     aten.dropout.default,
-    aten.relu.default,
     aten.neg.default,
     aten.div.Tensor,
 }
@@ -83,6 +82,8 @@ class Scaler:
             return False
         if target in _THROUGH_ALL:
             return self.absorb(first, scale)
+        if target is aten.relu.default:
+            return bool((scale >= 0).all()) and self.absorb(first, scale)
         if target in _THROUGH_ANY:
             return scale.numel() == 1 and self.absorb(first, scale.reshape(()))
         if target in (aten.transpose.int, aten.view.default, aten.reshape.default, aten.permute.default):
@@ -100,7 +101,7 @@ class Scaler:
             return False
         total: Tensor = scale * (factor if number else self._value(factor))
         if isinstance(x, Node) and self.absorb(x, total):
-            node.replace_all_uses_with(x)
+            node.replace_all_uses_with(arg(node, 0))  # x itself may have been a factor that is gone now
             self._gm.graph.erase_node(node)
             return True
         self.set_factor(node, total)
@@ -118,11 +119,12 @@ class Scaler:
     def _absorb_into_weights(self, node: Node, scale: Tensor) -> bool:
         if node.target in _NORM_WEIGHT:
             positions = [p for p in _NORM_WEIGHT[node.target] if p < len(node.args) and node.args[p] is not None]
-            if 2 not in positions or scale.dim() > 1:
+            weight = fake(node.args[2]) if 2 in positions else None
+            if weight is None or scale.dim() > 1 or (scale.dim() and weight.dim() > 1):
                 return False
         elif node.target is aten.linear.default and self.is_fixed(node.args[1]) and scale.dim() <= 1:
             positions = [p for p in (1, 2) if p < len(node.args) and node.args[p] is not None]
-        elif node.target in _CONV and (scale.dim() == 0 or scale.numel() == scale.shape[0]):
+        elif node.target in _CONV and (scale.dim() == 0 or _per_output_channel(scale, _CONV[node.target])):
             positions = [p for p in (1, 2) if p < len(node.args) and node.args[p] is not None]
             scale = scale.reshape(-1) if scale.dim() else scale
         else:
@@ -133,6 +135,11 @@ class Scaler:
             rows = scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() and weight.dim() > 1 else scale
             self.scale_weight(node, position, rows)
         return True
+
+
+def _per_output_channel(scale: Tensor, spatial: int) -> bool:
+    """Whether a scale of a convolution's output is [C, 1, ..]: one factor per channel, none per position."""
+    return scale.dim() == 1 + spatial and scale.numel() == scale.shape[0]
 
 
 def before_move(node: Node, scale: Tensor) -> Tensor | None:

@@ -68,7 +68,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", category=UserWarning, module=r"fasfx(\.|$)")
         warnings.showwarning = lambda message, *_, **__: say("warning", "yellow", str(message))
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()
         try:
             for name in LOUD:
                 logging.getLogger(name).setLevel(logging.ERROR)
@@ -77,7 +77,7 @@ def quiet() -> Iterator[None]:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
             if bars:
-                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+                transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -14,8 +14,9 @@ from torch.fx import GraphModule, Node
 
 from fasfx import ops
 from fasfx.config import SpikeConfig
+from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
-from fasfx.program import Site, add_tensor, facts, insert
+from fasfx.program import Site, add_tensor, describe, facts, fake, insert
 from fasfx.runner import Pass
 from fasfx.synapses import RELAYS, SYNAPSES, operand, synapses
 
@@ -36,6 +37,7 @@ class Clip(Pass):
         """One qcfs per site, read by its synaptic users only: residual paths keep the value itself."""
         config = facts(gm).config
         code = ops.CODES[config.code]
+        check_dtype(gm, code.capacity(config.timesteps, config.levels))
         theta = thresholds(gm)
         nodes = {node.name: node for node in gm.graph.nodes}
         for site in facts(gm).sites.values():
@@ -57,6 +59,17 @@ class Clip(Pass):
             value_at = code.error_bound(top, config.timesteps, config.levels) if top else None
             facts(gm).ledger.add(Entry(self.name, f"{config.code}_neuron", value.name, site.module, bound, value_at))
         return bool(facts(gm).sites)
+
+
+def check_dtype(gm: GraphModule, top: int) -> None:
+    """Raise ConfigError if counts up to `top` are not exact in the dtype of some site."""
+    for node in gm.graph.nodes:
+        value = fake(node)
+        if node.name in facts(gm).sites and value is not None and top > 2 / torch.finfo(value.dtype).eps:
+            raise ConfigError(
+                f"spike counts up to {top} are not exact in {value.dtype} ({describe(node)}): convert model.float(), "
+                "or choose fewer levels or time steps"
+            )
 
 
 def _from(node: Node) -> Iterator[Node]:

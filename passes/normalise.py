@@ -40,10 +40,10 @@ def bmm_to_matmul(x: Tensor, y: Tensor) -> Any:
     return aten.bmm.default(x, y)
 
 
-@rewrite(into=lambda add, x, y, beta, alpha: _sum(add, aten.matmul.default(x, y), beta, alpha))
-def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor, beta: float, alpha: float) -> Any:
-    """beta add + alpha x y, batched.  Exact."""
-    return aten.baddbmm.default(add, x, y, beta=beta, alpha=alpha)
+@rewrite(into=lambda add, x, y: aten.add.Tensor(add, aten.matmul.default(x, y)))
+def baddbmm_to_matmul(add: Tensor, x: Tensor, y: Tensor) -> Any:
+    """Batched product added to a tensor, with unit alpha and beta.  Exact."""
+    return aten.baddbmm.default(add, x, y)
 
 
 @rewrite(
@@ -87,14 +87,6 @@ def zeroed_attention_to_attention(
     empty = aten.lt.Scalar(aten.sum.dim_IntList(kept, [-1], True), one)
     attended = aten.scaled_dot_product_attention.default(q, k, v, added, scale=scale)
     return aten.where.self(empty, zero, attended)
-
-
-def _sum(add: Proxy, product: Any, beta: float, alpha: float) -> Any:
-    """beta add + alpha product; at beta = 0 the addend is not read."""
-    scaled = product if alpha == 1 else aten.mul.Tensor(product, alpha)
-    if beta == 0:
-        return scaled
-    return aten.add.Tensor(add if beta == 1 else aten.mul.Tensor(add, beta), scaled)
 
 
 def _last(x: Proxy) -> int:
@@ -142,6 +134,7 @@ class Normalise(Pass):
         changed |= remove_identities(gm)
         changed |= views_to_reshapes(gm)
         changed |= super().rewrite(gm)
+        changed |= scaled_products_to_matmul(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             attention_to_products(gm, node)
             changed = True
@@ -199,6 +192,25 @@ def _whole(node: Node) -> bool:
     """A slice from the start to the end of a dim: [:]."""
     start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])[:3]
     return bool(start in (None, 0) and end in (None, 2**63 - 1) and step == 1)
+
+
+def scaled_products_to_matmul(gm: GraphModule) -> bool:
+    """addmm and baddbmm with alpha or beta, and products of a value with itself: no pattern matches those."""
+    sums, plain = (aten.addmm.default, aten.baddbmm.default), (aten.mm.default, aten.bmm.default)
+    found = [n for n in gm.graph.nodes if n.target in sums + plain]
+    for node in found:
+
+        def product(node: Node = node) -> Any:
+            *added, x, y = (proxy(gm, arg(node, i)) for i in range(len(node.args)))
+            alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+            out = aten.matmul.default(x, y)
+            out = out if alpha == 1 else aten.mul.Tensor(out, alpha)
+            if not added or beta == 0:
+                return out
+            return aten.add.Tensor(out, added[0] if beta == 1 else aten.mul.Tensor(added[0], beta))
+
+        replace(gm, node, product)
+    return bool(found)
 
 
 def attention_to_products(gm: GraphModule, node: Node) -> None:

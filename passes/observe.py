@@ -62,7 +62,7 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
                 kept = set(sites[value.name].channel) & set(channel)
                 sites[value.name].channel = tuple(d for d in channel if d in kept)
                 continue
-            bounded = value.target is aten.exp.default and any(u.target is aten.sum.dim_IntList for u in value.users)
+            bounded = _is_deferred_softmax(value)
             sites[value.name] = Site(
                 value.name,
                 module_path(value),
@@ -71,6 +71,16 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
                 fixed=1.0 if bounded else None,
             )
     return sites
+
+
+def _is_deferred_softmax(value: Node) -> bool:
+    """exp(s - clamp(max s)) as normalise writes it: in [0, 1] whatever the data, unlike an exp of the user's own."""
+    inner = value.args[0] if value.target is aten.exp.default else None
+    if not isinstance(inner, Node) or inner.target is not aten.sub.Tensor or not isinstance(inner.args[1], Node):
+        return False
+    clamp = inner.args[1]
+    peak = clamp.args[0] if clamp.target is aten.clamp.default else None
+    return isinstance(peak, Node) and peak.target is aten.amax.default and peak.args[0] is inner.args[0]
 
 
 class _Watcher(Interpreter):

@@ -6,6 +6,7 @@ value is `theta * n / N` with `N = capacity(steps, levels)`. Rounding is floor(u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,11 +74,11 @@ def _rate_decode(events: Tensor, levels: int) -> Tensor:
 def _radix_spikes(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
     """v = u + 1/2 ends in [0, 1): what has been sent is then floor(u + 1/2)."""
     low, top = RADIX.limits(steps, levels, signed)
-    v = u.clamp(low, top) + 0.5
+    v = working(u, top).clamp(low, top) + 0.5
     negative = v < 0
     events = []
     for weight in (2.0**k for k in reversed(range(steps))):
-        spike = torch.where(negative, -(v < 1 - weight).to(u.dtype), (v >= weight).to(u.dtype))
+        spike = torch.where(negative, -(v < 1 - weight).to(v.dtype), (v >= weight).to(v.dtype))
         v = v - weight * spike
         events.append(spike.to(torch.int8))
     return torch.stack(events)
@@ -92,9 +93,25 @@ def _radix_decode(events: Tensor, levels: int) -> Tensor:
 def _round_and_clip(capacity: Callable[[int, int], int]) -> Callable[[Tensor, int, int, bool], Tensor]:
     def count(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
         top = capacity(steps, levels)
-        return u.add(0.5).floor_().clamp_(-top if signed else 0, top)
+        rounded = working(u, top).add(0.5).floor_().clamp_(-top if signed else 0, top)
+        return rounded.to(u.dtype)
 
     return count
+
+
+def mantissa_bits(dtype: torch.dtype) -> int:
+    """Stored bits of the significand: 23 for float32."""
+    return -int(math.log2(torch.finfo(dtype).eps))
+
+
+def needs_double(bits: int, top: int) -> bool:
+    """Whether half a count next to `top` has no place in a significand of so many stored bits."""
+    return 2 * top >= 2**bits
+
+
+def working(u: Tensor, top: int) -> Tensor:
+    """u itself, or in float64 where counts up to `top` and a half do not fit its significand."""
+    return u.double() if needs_double(mantissa_bits(u.dtype), top) else u
 
 
 # --- multi: multi-threshold neuron; each step sends the signed power of two nearest to what is unsent ------
@@ -106,8 +123,8 @@ def _multi_spikes(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
     An event is +-(i + 1) with i the level, whose spike weighs theta * 2^-i, that is 2^(levels - 1 - i) counts.
     """
     low, top = MULTI.limits(steps, levels, signed)
+    u = working(u, top).clamp(low, top)
     ladder = torch.tensor([0.5] + [1.5 * 2.0**k for k in range(levels - 1)], dtype=u.dtype, device=u.device)
-    u = u.clamp(low, top)
     sent = torch.zeros_like(u)
     events = []
     for _ in range(steps):
@@ -126,11 +143,6 @@ def _multi_decode(events: Tensor, levels: int) -> Tensor:
     return (size * events.sign()).sum(0, dtype=torch.int32)
 
 
-def mantissa_bits(dtype: torch.dtype) -> int:
-    """Stored bits of the significand: 23 for float32."""
-    return -int(sympy.log(sympy.Rational(torch.finfo(dtype).eps), 2))
-
-
 def _multi_count(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
     """The same spikes without a ladder.
 
@@ -141,14 +153,15 @@ def _multi_count(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
     r = +-1/2 means silence; it is sent here as +-1/2 and the last floor takes it away.
     """
     low, top = MULTI.limits(steps, levels, signed)
-    split = 2.0 ** mantissa_bits(u.dtype) + 1
-    halves = u.mul(2).clamp_(2 * low, 2 * top).floor_()
+    wide = working(u, top)
+    split = 2.0 ** mantissa_bits(wide.dtype) + 1
+    halves = wide.mul(2).clamp_(2 * low, 2 * top).floor_()
     unsent = halves.add(0.5)
     for _ in range(steps):
         spike = unsent.mul(split)
         spike = spike.sub_(spike.sub(unsent))
         unsent = unsent.sub_(spike)
-    return halves.sub_(unsent).mul_(0.5).add_(0.75).floor_()
+    return halves.sub_(unsent).mul_(0.5).add_(0.75).floor_().to(u.dtype)
 
 
 RATE = Code(

@@ -10,7 +10,7 @@ from onnxscript.function_libs.torch_lib.registration import torch_op
 from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
-from fasfx.ops.codes import CODES
+from fasfx.ops.codes import CODES, needs_double
 from fasfx.ops.library import LIBRARY, straight_through
 
 LIBRARY.define("count(Tensor u, str code, int steps, int levels, bool signed) -> Tensor")
@@ -36,21 +36,28 @@ op = torch.ops.fasfx.count.default
 def onnx_count(u: TReal, code: str, steps: int, levels: int, signed: bool) -> TReal:
     """The same float operations in ONNX: Floor, Clip, Mul, Sub only (all of them have GPU kernels at opset 18)."""
     low, top = CODES[code].limits(steps, levels, signed)
-    kind = u.dtype.numpy()
+    source: Any = u
+    kind = np.dtype(u.dtype.numpy())
+    if not needs_double(np.finfo(kind).nmant, top):
+        out: TReal = _onnx_count(source, code, steps, low, top, kind)
+        return out
+    wide = onnx.Cast(source, to=onnx_ir.DataType.DOUBLE)
+    out = onnx.CastLike(_onnx_count(wide, code, steps, low, top, np.float64), source)
+    return out
 
+
+def _onnx_count(u: Any, code: str, steps: int, low: int, top: int, kind: Any) -> Any:
     def number(value: float) -> Any:
         constant: Any = onnx_ir.tensor(np.array(value, kind))
         return onnx.Constant(value=constant)
 
     if code != "multi":
-        rounded: TReal = onnx.Clip(onnx.Floor(onnx.Add(u, number(0.5))), number(low), number(top))
-        return rounded
-    split = number(2.0 ** -np.log2(np.finfo(kind).eps) + 1)
+        return onnx.Clip(onnx.Floor(onnx.Add(u, number(0.5))), number(low), number(top))
+    split = number(2.0 ** np.finfo(kind).nmant + 1)
     halves = onnx.Floor(onnx.Clip(onnx.Mul(u, number(2)), number(2 * low), number(2 * top)))
     unsent = onnx.Add(halves, number(0.5))
     for _ in range(steps):
         scaled = onnx.Mul(unsent, split)
         spike = onnx.Sub(scaled, onnx.Sub(scaled, unsent))
         unsent = onnx.Sub(unsent, spike)
-    sent: TReal = onnx.Floor(onnx.Add(onnx.Mul(onnx.Sub(halves, unsent), number(0.5)), number(0.75)))
-    return sent
+    return onnx.Floor(onnx.Add(onnx.Mul(onnx.Sub(halves, unsent), number(0.5)), number(0.75)))

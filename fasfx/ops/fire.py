@@ -18,7 +18,7 @@ def fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: b
 
     Shape:  x any, theta broadcastable to x; result like x.   Unit: that of x.
     Error:  at most the code's bound for constant input, |x| <= theta, initial potential theta / 2.
-    Grad:   surrogate: that of clip(x, -theta or 0, theta).
+    Grad:   surrogate: that of clip(x, -theta or 0, theta) for x; what was rounded off for theta, as in qcfs.
     Source: the code's row in fasfx.ops.codes.
     """
     row = CODES[code]
