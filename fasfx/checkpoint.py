@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +17,7 @@ from fasfx.config import SpikeConfig
 from fasfx.errors import CheckpointError, FasfxError
 from fasfx.graph_text import parse, text
 from fasfx.program import Site, facts
+from fasfx.writing import written_beside
 
 if TYPE_CHECKING:
     from fasfx.model import SpikingModel
@@ -129,29 +125,3 @@ def _site_to_json(site: Site) -> dict[str, Any]:
 def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:
     ranges: dict[str, Any] = {key: tensors.get(f"{_RANGES}.{stored['name']}.{key}") for key in ("peak", "tail")}
     return Site(**(stored | {"channel": tuple(stored["channel"])}), **ranges)
-
-
-@contextmanager
-def written_beside(folder: Path) -> Iterator[Path]:
-    """A fresh folder beside the target whose files replace the target's at the end; removed if anything fails.
-
-    Raises CheckpointError for a full disk, a read-only place, or a target that is a file.
-    """
-    staging: Path | None = None
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f"{folder} is a file: choose a folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        yield staging
-        if folder.exists():
-            for file in sorted(staging.iterdir()):
-                os.replace(file, folder / file.name)
-        else:
-            os.chmod(staging, 0o755)
-            os.replace(staging, folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {folder}: {error.strerror or error}; nothing there was changed") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)

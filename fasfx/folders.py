@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fasfx.checkpoint import SETTINGS, WEIGHTS, written_beside
+from fasfx.checkpoint import SETTINGS, WEIGHTS
 from fasfx.errors import CalibrationError, CheckpointError
+from fasfx.writing import written_beside
 
 CONFIG = "config.json"
 # For a folder with only a config, AutoTokenizer makes an empty tokenizer; one of these tells a real one.

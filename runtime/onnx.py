@@ -12,6 +12,7 @@ from torch import Tensor
 from fasfx.capture import dynamic_shapes
 from fasfx.errors import CheckpointError, InputError, RuntimeUnavailableError
 from fasfx.program import fake
+from fasfx.writing import written_beside
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -27,8 +28,6 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18) -> None:
     Raises CheckpointError if the folder cannot be written.
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    from fasfx.checkpoint import written_beside
 
     inputs = example_inputs(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model, inputs), opset_version=opset_version)

@@ -456,7 +456,7 @@ def test_a_checkpoint_runs_no_code(call: str, saved: Path, tmp_path: Path) -> No
     (saved / "graph.txt").write_text("\n".join(lines) + "\n")
     sizes = json.loads((saved / "spike_config.json").read_text())["bytes"]
     change(saved, bytes=sizes | {"graph.txt": (saved / "graph.txt").stat().st_size})
-    with pytest.raises(CheckpointError, match="unknown call"):
+    with pytest.raises(CheckpointError, match="unknown operator"):
         fasfx.SpikingModel.from_pretrained(saved)
     assert not (tmp_path / "harm").exists()
 

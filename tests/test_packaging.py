@@ -45,9 +45,7 @@ def wheel_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(work)]
-    build = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, str(copy)], capture_output=True, text=True
-    )
+    build = subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(copy)], capture_output=True, text=True)
     assert build.returncode == 0, build.stdout + build.stderr
     (wheel,) = work.glob("fasfx-*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -106,7 +106,7 @@ def mantissa_bits(dtype: torch.dtype) -> int:
 
 def needs_double(bits: int, top: int) -> bool:
     """Whether half a count next to `top` has no place in a significand of so many stored bits."""
-    return 2 * top >= 2**bits
+    return 2 * top >= 1 << bits
 
 
 def working(u: Tensor, top: int) -> Tensor:
