@@ -43,7 +43,7 @@ class SpikeConfig:
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
     nonlinear:   "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
-    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, timesteps / 5 (at least 1) for radix,
+    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, timesteps / 6 (at least 1) for radix,
                  whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else.
@@ -98,7 +98,7 @@ class SpikeConfig:
             return self.margin
         if self.resolved_granularity == "token":
             return 1.0
-        return {"multi": 4.0, "rate": 2.0, "radix": max(1.0, self.timesteps / 5)}[self.code]
+        return {"multi": 4.0, "rate": 2.0, "radix": max(1.0, self.timesteps / 6)}[self.code]
 
     @property
     def resolved_granularity(self) -> str:

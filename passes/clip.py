@@ -21,7 +21,7 @@ from fasfx.runner import Pass
 from fasfx.synapses import RELAYS, SYNAPSES, operand, synapses
 
 aten = torch.ops.aten
-CHANNEL_FLOOR = 1 / 8  # a channel's threshold is at least this share of the tensor's: unseen text wakes channels
+CHANNEL_FLOOR = 1 / 8  # share of the tensor's peak that every channel's threshold has in it: unseen text wakes channels
 
 
 class Clip(Pass):
@@ -110,7 +110,7 @@ def _threshold(site: Site, config: SpikeConfig) -> Tensor:
     seen = site.tail if config.threshold == "percentile" else site.peak
     assert seen is not None
     whole = seen.amax()
-    theta = torch.maximum(seen, whole * CHANNEL_FLOOR) if config.resolved_granularity == "channel" else whole
+    theta = torch.hypot(seen, whole * CHANNEL_FLOOR) if config.resolved_granularity == "channel" else whole
     theta = theta * config.resolved_margin
     return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from fasfx.capture import dynamic_shapes
 from fasfx.tools.bench import cases, timing
 from fasfx.tools.bench.data import Batch
 from fasfx.tools.bench.tables import Line, Table, at_most, plain
@@ -90,7 +89,8 @@ def export_original(folder: Path, opset: int) -> None:
     """MiniLM itself through transformers' exporter, dynamic batch and length."""
     exporters: Any = importlib.import_module("transformers.exporters.exporter_onnx")
     (inputs,) = cases.evaluation("tales", 1, 2, 5)
-    config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=dynamic_shapes(inputs), opset_version=opset)
+    sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=dict.fromkeys(inputs, sizes), opset_version=opset)
     exporters.OnnxExporter().export(cases.minilm()[0], inputs, config).save_pretrained(folder)
 
 
