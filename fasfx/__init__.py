@@ -4,12 +4,18 @@
 >>> snn(**inputs).last_hidden_state       # doctest: +SKIP
 """
 
-from fasfx import errors, passes, runtime
-from fasfx.config import SpikeConfig
-from fasfx.convert import convert
-from fasfx.equivalence import Equivalence, check
-from fasfx.model import SpikingModel
-from fasfx.quantizer import SpikeQuantizer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fasfx import errors, passes, runtime, tools
+    from fasfx.config import SpikeConfig
+    from fasfx.conversion import convert
+    from fasfx.equivalence import Equivalence, check
+    from fasfx.model import SpikingModel
+    from fasfx.quantizer import SpikeQuantizer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,4 +28,30 @@ __all__ = [
     "errors",
     "passes",
     "runtime",
+    "tools",
 ]
+
+# Imported at first use, so that the command line answers without loading torch. No name here may be that of a
+# module in this package: importing the module would put it in the place of the name.
+_HOMES = {
+    "Equivalence": "equivalence",
+    "SpikeConfig": "config",
+    "SpikeQuantizer": "quantizer",
+    "SpikingModel": "model",
+    "check": "equivalence",
+    "convert": "conversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(import_module(f"fasfx.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in __all__:
+        return import_module(f"fasfx.{name}")
+    raise AttributeError(f"module 'fasfx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

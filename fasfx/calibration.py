@@ -6,16 +6,19 @@ import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fasfx.capture import is_hugging_face, parameters_of
+from fasfx.capture import is_hugging_face, parameters_of, takes_any
 from fasfx.errors import CalibrationError, InputError
 
 Batch = dict[str, Any]
 NUM_TEXTS_PER_BATCH = 8
+# For a folder with only a config, AutoTokenizer makes an empty tokenizer; one of these tells a real one.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 NUM_RANDOM_BATCHES = 4
 
 
@@ -35,6 +38,12 @@ def first_and_all(model: nn.Module, calibration: Iterable[Any] | None) -> tuple[
     first = next(stream, None)
     if first is None:
         raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
+    names = parameters_of(model)
+    if (is_hugging_face(model) or not takes_any(model)) and (unknown := sorted(set(first) - set(names))):
+        raise InputError(
+            f"calibration batch 0 has {', '.join(unknown)}: {type(model).__name__} takes {', '.join(names)}"
+        )
+    first = {name: first[name] for name in sorted(first, key=[*names, *first].index)}  # as positional arguments
     return first, _checked(first, itertools.chain([first], stream)), total
 
 
@@ -91,12 +100,12 @@ def default_batches(model: nn.Module) -> list[Batch]:
         raise CalibrationError(
             f"{type(model).__name__} is no Hugging Face model: pass calibration=[example inputs, ...]"
         )
-    if model.main_input_name == "input_ids" and (tokenizer := _tokenizer(str(model.name_or_path))) is not None:
+    if model.main_input_name == "input_ids" and (tokenizer := tokenizer_beside(str(model.name_or_path))) is not None:
         return text_batches(model, tokenizer, sentences())
     warnings.warn(
         f"no calibration data: thresholds of {type(model).__name__} come from random inputs and will not fit "
         "real ones; pass calibration=[a few batches of real inputs]",
-        stacklevel=4,
+        stacklevel=5,
     )
     return [_random_batch(model, seed) for seed in range(NUM_RANDOM_BATCHES)]
 
@@ -127,11 +136,15 @@ def without_cache(model: nn.Module) -> Batch:
     return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
 
 
-def _tokenizer(folder: str) -> Any | None:
+def tokenizer_beside(source: str) -> Any | None:
+    """The tokenizer in a model's folder or hub repository, or None if there is none."""
     from transformers import AutoTokenizer
 
+    folder = Path(source)
+    if not source or (folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES)):
+        return None
     try:
-        return AutoTokenizer.from_pretrained(folder) if folder else None
+        return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError, KeyError):
         return None
 

@@ -36,7 +36,7 @@ def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig) -> 
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without tensor inputs: pass calibration=[{{name: tensor}}]"
         )
-    with evaluating(model):
+    with evaluating(model), flags_set(model, constants):
         exported = _export_refining(model, tensors, constants)
     if any(_mutates(node) or node.target in _DECOMPOSED for node in exported.graph.nodes):
         table = default_decompositions()
@@ -127,6 +127,29 @@ def parameters_of(model: nn.Module) -> list[str]:
     """Names of the model's forward arguments, without self and catch-alls."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind not in kinds]
+
+
+def takes_any(model: nn.Module) -> bool:
+    """Whether the model's forward has a catch-all for named arguments."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+@contextlib.contextmanager
+def flags_set(model: nn.Module, constants: Inputs) -> Iterator[None]:
+    """use_cache and the like on the config of every part of the model, as they were again outside.
+
+    transformers' exporter sets them on the model's own config only; T5's stacks have copies.
+    """
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    before = [(c, k, getattr(c, k)) for c in configs.values() for k in constants if hasattr(c, k)]
+    try:
+        for config, name, _ in before:
+            setattr(config, name, constants[name])
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ _RANGES = "fasfx.sites"
 
 def save(model: SpikingModel, folder: Path) -> None:
     """Write a checkpoint beside the target, then rename: a crash or a full disk leaves what was there."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     program = facts(model.ranged)
@@ -39,9 +40,14 @@ def save(model: SpikingModel, folder: Path) -> None:
             for key in ("peak", "tail")
             if (t := getattr(site, key)) is not None
         }
+    if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
+        raise CheckpointError(f"{folder} holds a model that would be overwritten: choose another folder")
     with written_beside(folder) as staging:
         (staging / GRAPH).write_text(text(model.ranged), encoding="utf-8")
-        save_file(tensors, staging / WEIGHTS)
+        try:
+            save_file(tensors, staging / WEIGHTS)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
         if model.config is not None:
             model.config.save_pretrained(staging)
         settings = {
@@ -50,7 +56,7 @@ def save(model: SpikingModel, folder: Path) -> None:
             "constants": program.constants,
             "aliases": aliases,
             "sites": [_site_to_json(site) for site in program.sites.values()],
-            "bytes": {name: (staging / name).stat().st_size for name in (GRAPH, WEIGHTS)},
+            "bytes": {file.name: file.stat().st_size for file in sorted(staging.iterdir())},
         }
         (staging / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
@@ -72,11 +78,12 @@ def load(folder: Path) -> SpikingModel:
         ranged = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(ranged).constants = settings["constants"]
         facts(ranged).sites = {s["name"]: _site_from_json(s, tensors) for s in settings["sites"]}
+        return SpikingModel(ranged, _hugging_face_config(folder, settings))
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, FasfxError) as error:
-        raise CheckpointError(f"the checkpoint {folder} is damaged: {type(error).__name__}: {error}") from error
-    return SpikingModel(ranged, _hugging_face_config(folder))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, FasfxError) as error:
+        why = str(error).partition("\n")[0]
+        raise CheckpointError(f"the checkpoint {folder} is damaged: {type(error).__name__}: {why}") from error
 
 
 def _check(folder: Path, settings: dict[str, Any]) -> None:
@@ -90,10 +97,10 @@ def _check(folder: Path, settings: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder / name} has {found} bytes instead of {size}: the checkpoint is truncated")
 
 
-def _hugging_face_config(folder: Path) -> Any | None:
+def _hugging_face_config(folder: Path, settings: dict[str, Any]) -> Any | None:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(folder) if (folder / "config.json").is_file() else None
+    return AutoConfig.from_pretrained(folder) if "config.json" in settings["bytes"] else None
 
 
 def _tensors(gm: GraphModule) -> dict[str, Tensor]:

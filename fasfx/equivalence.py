@@ -59,7 +59,9 @@ class Difference:
     def add(self, reference: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         """Shapes alike; mask [...] over the leading dims, 0 where a position does not count."""
         if reference.shape != value.shape:
-            raise ValueError(f"shapes differ: {tuple(reference.shape)} and {tuple(value.shape)}")
+            raise InputError(
+                f"the networks' outputs differ in shape: {tuple(reference.shape)} and {tuple(value.shape)}"
+            )
         if mask is not None and mask.shape == reference.shape[: mask.dim()]:
             reference, value = reference[mask.bool()], value[mask.bool()]
         reference, value = reference.detach().double(), value.detach().double()

@@ -77,7 +77,12 @@ class SpikingModel(nn.Module):
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         names, constants = self.input_names, facts(self.ranged).constants
-        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if len(args) > len(names):
+            raise InputError(f"{len(args)} positional inputs: the model was captured with {', '.join(names)}")
+        given = dict(zip(names, args, strict=False))
+        if twice := sorted(set(given) & set(kwargs)):
+            raise InputError(f"{', '.join(twice)} given twice: by position and by name")
+        given |= kwargs
         for name, value in list(given.items()):
             if name in names:
                 continue
@@ -94,22 +99,24 @@ class SpikingModel(nn.Module):
         return {name: given[name] for name in names}
 
     def _check(self, given: Mapping[str, Any]) -> None:
+        sizes: dict[str, tuple[str, int]] = {}  # symbol -> the input that set it
         for node in self.graph_module.graph.find_nodes(op="placeholder"):
-            value, wanted = given[str(node.target)], fake(node)
+            name, value, wanted = str(node.target), given[str(node.target)], fake(node)
             if not isinstance(value, Tensor):
-                raise InputError(f"{node.target} is a {type(value).__name__}, not a tensor")
+                raise InputError(f"{name} is a {type(value).__name__}, not a tensor")
             if wanted is None:
                 continue
             if value.dtype != wanted.dtype or value.dim() != wanted.dim():
                 raise InputError(
-                    f"{node.target} is {value.dtype} of rank {value.dim()}: "
+                    f"{name} is {value.dtype} of rank {value.dim()}: "
                     f"the model takes {wanted.dtype} of rank {wanted.dim()}"
                 )
             for dim, size in enumerate(wanted.shape):
-                if isinstance(size, int) and value.shape[dim] != size:
-                    raise InputError(
-                        f"{node.target} has size {value.shape[dim]} in dim {dim}: the model takes {size} there"
-                    )
+                found = value.shape[dim]
+                other, same = sizes.setdefault(str(size), (name, found)) if not isinstance(size, int) else ("", size)
+                if found != same:
+                    like = f"{other} has {same}" if other else f"the model takes {same} there"
+                    raise InputError(f"{name} has size {found} in dim {dim}: {like}")
 
     # --- facts -------------------------------------------------------------------------------------------
 

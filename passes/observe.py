@@ -37,10 +37,15 @@ class Observe(Pass):
         """Fill `facts(gm).sites`."""
         facts(gm).sites = find_sites(gm)
         watcher, done = _Watcher(gm), 0
+        names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
         for batch in self._batches:
             watcher.batch = done
-            with torch.no_grad():
-                watcher.run(*batch.values())
+            try:
+                with torch.no_grad():
+                    watcher.run(*(batch[name] for name in names))
+            except (IndexError, RuntimeError) as error:
+                why = str(error).partition("\n")[0]
+                raise CalibrationError(f"the model cannot run calibration batch {done}: {why}") from error
             done += 1
             if self._on_batch:
                 self._on_batch(done)

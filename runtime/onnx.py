@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasfx.capture import dynamic_shapes
-from fasfx.errors import CheckpointError, InputError, RuntimeUnavailableError
+from fasfx.errors import CheckpointError, ConfigError, InputError, RuntimeUnavailableError
 from fasfx.program import fake
 from fasfx.writing import written_beside
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fasfx.model import SpikingModel
 
 MANIFEST = "export.json"
+OPSETS = range(18, 24)  # torch's exporter writes 18 and converts upwards; other numbers it ignores
 
 
 def export(model: SpikingModel, folder: Path, opset_version: int = 18) -> None:
@@ -29,6 +30,8 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18) -> None:
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
+    if opset_version not in OPSETS:
+        raise ConfigError(f"opset {opset_version} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
     inputs = example_inputs(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model, inputs), opset_version=opset_version)
     with warnings.catch_warnings():
@@ -94,10 +97,11 @@ class OnnxModel:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        available = ort.get_available_providers()
+        if device not in (None, "cpu") and not any(str(device).lower() in p.lower() for p in available):
+            raise RuntimeUnavailableError(f"no execution provider for {device!r}; available: {', '.join(available)}")
         try:
             self.exported = ExportedModel.from_pretrained(folder, device=device or "cpu", session_options=options)
-        except ValueError as error:
-            raise RuntimeUnavailableError(f"{error}; available: {', '.join(ort.get_available_providers())}") from error
         except Exception as error:
             raise CheckpointError(f"the export in {folder} cannot be read: {str(error).splitlines()[0]}") from error
 
