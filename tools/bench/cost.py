@@ -29,7 +29,7 @@ Calls = Mapping[str, Callable[[], object]]
 def cost(quick: bool) -> Iterator[Table]:
     """torch eager; then ONNX Runtime and torch.compile unless the run is quick."""
     (batch,) = cases.evaluation("tales", 1)
-    yield _table("torch eager", _eager(batch), EAGER, 3 if quick else 21, quick)
+    yield _table("torch eager", _eager(batch, quick), EAGER, 3 if quick else 21, quick)
     if quick:
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -63,8 +63,8 @@ def _lines(title: str, ratios: Mapping[str, timing.Ratio], limits: dict[str, flo
     return Table(f"MiniLM-L6, cost in {title}", columns, lines, note)
 
 
-def _eager(batch: Batch) -> dict[str, Callable[[], object]]:
-    models = {name: cases.at(cases.spiking("tales", name, steps), steps) for name, steps in CODES.items()}
+def _eager(batch: Batch, quick: bool) -> dict[str, Callable[[], object]]:
+    models = {name: cases.spiking("tales", name, steps, quick) for name, steps in CODES.items()}
     return {name: _call(model, batch) for name, model in {ORIGINAL: cases.minilm()[0], **models}.items()}
 
 
@@ -80,7 +80,7 @@ def _onnx(batch: Batch, folder: Path) -> dict[str, Callable[[], object]]:
             export_original(folder / str(opset), opset)
             calls[f"{ORIGINAL}, opset {opset}"] = session(folder / str(opset), batch)
         for name, steps in CODES.items():
-            cases.at(cases.spiking("tales", name, steps), steps).to_onnx(folder / name)
+            cases.spiking("tales", name, steps).to_onnx(folder / name)
             calls[name] = session(folder / name, batch)
     return calls
 
@@ -105,7 +105,7 @@ def session(folder: Path, batch: Batch, options: Any = None) -> Callable[[], obj
 
 def _compiled(batch: Batch) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
     """The original and the multi network under torch.compile, and the seconds the first call took."""
-    snn = cases.at(cases.spiking("tales", "multi", CODES["multi"]), CODES["multi"])
+    snn = cases.spiking("tales", "multi", CODES["multi"])
     inputs = snn._inputs((), batch)
     models: dict[str, Any] = {ORIGINAL: cases.minilm()[0], "multi": snn.graph_module}
     calls: dict[str, Callable[[], object]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import reduce
 from pathlib import Path
 
 import fasfx
@@ -13,10 +14,10 @@ from fasfx.tools.bench.tables import Line, Table, at_most, between, plain
 
 CODES = {"multi": 4, "radix": 8, "rate": 64}  # code: T
 SHAPES = ((1, 128), (3, 57), (8, 128), (8, 16))  # batch x length; the export is traced at 2 x 5
-NUM_TEXTS = 24
+NUM_TEXTS, QUICK_TEXTS = 24, 6
 EXPORT_SECONDS = 30.0
 ERROR_RATIO = (0.95, 1.05)
-DIFFERING = 1e-4
+DIFFERING, FORM = 1e-4, "{:.1e}"
 
 
 def parity(quick: bool) -> Iterator[Table]:
@@ -25,7 +26,6 @@ def parity(quick: bool) -> Iterator[Table]:
     shapes = SHAPES[1:2] if quick else SHAPES
     for code, steps in list(CODES.items())[: 1 if quick else None]:
         snn, name = cases.spiking("tales", code, steps, quick), f"{code}, T = {steps}"
-        cases.at(snn, steps)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             with cases.undisturbed():
@@ -36,12 +36,15 @@ def parity(quick: bool) -> Iterator[Table]:
             counts += _counts(name, snn, Path(folder), quick)
     yield Table("Export of MiniLM-L6 to ONNX", ("", "seconds"), exports)
     columns = ("relative L2 error to the original", *(f"{b} × {s}" for b, s in shapes))
-    note = f"Batch × length; {NUM_TEXTS} texts each, calibrated and measured on tales; CPU provider, one thread."
+    texts = QUICK_TEXTS if quick else NUM_TEXTS
+    note = f"Batch × length; {texts} texts each, calibrated and measured on tales; CPU provider, one thread."
     yield Table("MiniLM-L6 in ONNX Runtime and in torch", columns, errors, note)
     note = (
         "Shares of the spike counts of all sites. Alone: the neuron's operator on the inputs it has in torch. In the "
         "net: torch's neuron on the inputs it has in ONNX Runtime. Between: torch computes each site from the spikes "
-        "that ONNX Runtime has at the sites before. A quantum: 1, or the next value that a multi neuron can send."
+        "that ONNX Runtime has at the sites before; rounding of the sums flips counts here, as the last lines show, so "
+        "the target is one and a half times that where it is more than 1 in 10,000. "
+        "A quantum: 1, or the next value that a multi neuron can send."
     )
     columns = ("ONNX Runtime and torch", "all sites", "worst site", "beyond a quantum")
     yield Table("Spike counts that differ, given the same inputs", columns, counts, note)
@@ -52,7 +55,7 @@ def _errors(
 ) -> list[Line]:
     found = []
     for batch_size, length in shapes:
-        batches = cases.evaluation("tales", (6 if quick else NUM_TEXTS) // batch_size, batch_size, length)
+        batches = cases.evaluation("tales", (QUICK_TEXTS if quick else NUM_TEXTS) // batch_size, batch_size, length)
         calls: dict[str, Callable[[], metrics.Model]] = {"torch": lambda: snn, "onnx": lambda: onnx}
         found.append(metrics.error_table(cases.minilm()[0], calls, batches))
     torch_row, onnx_row = ([row[key] for row in found] for key in ("torch", "onnx"))
@@ -68,13 +71,19 @@ def _errors(
 def _counts(name: str, snn: fasfx.SpikingModel, folder: Path, quick: bool) -> list[Line]:
     batches = cases.evaluation("tales", 1, 3, 57) + ([] if quick else cases.evaluation("tales", 1))
     with cases.undisturbed():
-        found = sites.tallies(snn, folder, batches)
-    lines = []
-    for what, row in found.items():
-        total = sites.Tally(*(sum(column) for column in zip(*row.values(), strict=True)))
-        worst = max(tally.differing / tally.compared for tally in row.values())
-        figures = (total.differing / total.compared, worst, total.beyond / total.compared)
-        limit = DIFFERING * (cases.SLACK if quick else 1)
-        line = at_most(f"{name}: {what}, of {total.compared:,}", figures, limit, "{:.1e}")
-        lines.append(line._replace(met=line.met and total.beyond == 0))
-    return lines
+        found = sites.tallies(snn, folder, batches) | sites.rounding(snn, batches[0])
+    shares = {what: _shares(row) for what, row in found.items()}
+    *held, between = (what for what in shares if what != sites.ROUNDING)
+    lines = [at_most(f"{name}: {what}", shares[what], DIFFERING, FORM) for what in held]
+    # Sums are rounded before the neuron here: no backend can flip fewer counts than float32 itself does.
+    limit = max(DIFFERING, 1.5 * shares[sites.ROUNDING][0])
+    lines.append(at_most(f"{name}: {between}", shares[between][:1], limit, FORM)._replace(figures=shares[between]))
+    lines = [line._replace(met=line.met and line.figures[2] == 0) for line in lines]
+    return [*lines, plain(f"{name}: torch, {sites.ROUNDING}", shares[sites.ROUNDING], FORM)]
+
+
+def _shares(row: dict[str, sites.Tally]) -> tuple[float, float, float]:
+    """(share of all counts that differ, the same of the worst site, share that differs by more than a quantum)."""
+    total = reduce(sites.Tally.plus, row.values())
+    worst = max(tally.differing / tally.compared for tally in row.values())
+    return total.differing / total.compared, worst, total.beyond / total.compared

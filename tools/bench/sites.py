@@ -5,34 +5,36 @@ both backends the same inputs, all in one forward pass of real text:
 
 | what is compared   | same inputs                                                               |
 |--------------------|---------------------------------------------------------------------------|
-| neuron alone       | torch's u, fed to the neuron cut out of the exported network               |
+| neuron alone       | torch's u, fed to the neuron cut out of the exported network              |
 | neuron in the net  | ONNX Runtime's own u, read out of the exported network, fed to torch      |
 | everything between | the spikes of all sites before: torch runs the network, at every site its |
 |                    | counts are compared and then replaced by those of ONNX Runtime            |
 
 Reading u and the counts makes them outputs of the exported graph, which may keep ONNX Runtime from some fusions.
+Every backend rounds the sums in between in its own order, so a few counts flip at the edge of a quantum. How many
+flips rounding makes is measured too: torch in float32 against torch in float64, given the same spikes.
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnx
-import onnxruntime
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 import fasfx
 from fasfx import ops
 from fasfx.tools.bench.data import Batch
-from fasfx.tools.bench.timing import session_options
+from fasfx.tools.bench.exposed import Exposed
 
 ALONE, WITHIN, BETWEEN = "neuron alone", "neuron in the net", "everything between"
+ROUNDING = "float32 against float64"
 Neuron = tuple[str, int, int, bool]  # code, steps, levels, signed
+Tallies = dict[str, dict[str, "Tally"]]  # comparison: site: tally
 
 
 class Tally(NamedTuple):
@@ -41,6 +43,10 @@ class Tally(NamedTuple):
     compared: int = 0
     differing: int = 0
     beyond: int = 0
+
+    def plus(self, other: Tally) -> Tally:
+        """Both together."""
+        return Tally(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def compare(found: Tensor, expected: Tensor, neuron: Neuron) -> Tally:
@@ -56,89 +62,75 @@ def compare(found: Tensor, expected: Tensor, neuron: Neuron) -> Tally:
     return Tally(found.numel(), int(apart.sum()), int(beyond.sum()))
 
 
-class Exposed:
-    """An exported network that also returns u and the count of every site, in the order of the sites."""
+class _Sites(Interpreter):
+    """Runs a lowered program; `visit` gets every site's node, u and count, and says what to go on with."""
 
-    def __init__(self, folder: Path, code: str) -> None:
-        self.model = onnx.load(folder / "model.onnx", load_external_data=False)
-        self._makers = {name: node for node in self.model.graph.node for name in node.output}
-        counts = sorted((n for n in self._makers if re.fullmatch(r"count(_\d+)?", n)), key=lambda n: int(n[6:] or 0))
-        hops = 7 if code == "multi" else 3  # operators of the neuron from its count back to u, see onnx_count
-        self.sites = [(self._upstream(name, hops), name) for name in counts]
-        exposed = onnx.ModelProto()
-        exposed.CopyFrom(self.model)
-        known = {value.name for value in exposed.graph.output}
-        exposed.graph.output.extend(_values({name for site in self.sites for name in site} - known))
-        onnx.save(exposed, folder / "exposed.onnx")
-        self.session = onnxruntime.InferenceSession(folder / "exposed.onnx", session_options())
-
-    def _upstream(self, name: str, hops: int) -> str:
-        for _ in range(hops):
-            name = self._makers[name].input[0]
-        return name
-
-    def alone(self, u: str, count: str) -> Any:
-        """A session of one neuron, cut out of the exported network: u of any shape -> counts."""
-        wanted, needed = [count], set[str]()
-        while wanted:
-            name = wanted.pop()
-            if name != u and name not in needed:
-                needed.add(name)
-                wanted += self._makers[name].input if name in self._makers else ()
-        graph = self.model.graph
-        nodes = [node for node in graph.node if node.output[0] in needed]
-        numbers = [number for number in graph.initializer if number.name in needed]
-        cut = onnx.helper.make_graph(nodes, "neuron", _values({u}), _values({count}), numbers)
-        model = onnx.helper.make_model(cut, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
-        return onnxruntime.InferenceSession(model.SerializeToString(), session_options())
-
-    def __call__(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """(u, count) of every site."""
-        names = [name for site in self.sites for name in site]
-        inputs = {value.name: batch[value.name].numpy() for value in self.session.get_inputs()}
-        values = [torch.from_numpy(value) for value in self.session.run(names, inputs)]
-        return list(zip(values[::2], values[1::2], strict=True))
-
-
-def _values(names: set[str]) -> list[Any]:
-    return [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in sorted(names)]
-
-
-class Forced(Interpreter):
-    """Runs a lowered program in torch, compares every site's counts with those given, and goes on with these."""
-
-    def __init__(self, snn: fasfx.SpikingModel, given: list[tuple[Tensor, Tensor]], alone: dict[Neuron, Any]) -> None:
-        super().__init__(snn.graph_module)
-        self._given, self._alone = iter(given), alone
-        self.tallies: dict[str, dict[str, Tally]] = defaultdict(dict)  # comparison: site: tally
+    def __init__(self, gm: GraphModule, visit: Callable[[Node, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(gm)
+        self._visit = visit
 
     def run_node(self, n: Node) -> Any:
-        """A site's counts are compared and replaced; any other node runs as it is."""
+        """A count goes through `visit`; any other node runs as it is."""
         value = super().run_node(n)
         if n.target is not ops.count.op:
             return value
-        u, *neuron = self.fetch_args_kwargs_from_env(n)[0]
-        theirs_u, theirs = next(self._given)
-        kind, site = tuple(neuron), str(n.meta["site"])
-        alone = self._alone[kind].run(None, {self._alone[kind].get_inputs()[0].name: u.flatten().numpy()})[0]
-        self.tallies[ALONE][site] = compare(torch.from_numpy(alone), value.flatten(), kind)
-        self.tallies[WITHIN][site] = compare(theirs, ops.count.count(theirs_u, *kind), kind)
-        self.tallies[BETWEEN][site] = compare(theirs, value, kind)
-        return theirs
+        (u, *_), _ = self.fetch_args_kwargs_from_env(n)
+        return self._visit(n, u, value)
 
 
 @torch.no_grad()
-def tallies(snn: fasfx.SpikingModel, folder: Path, batches: list[Batch]) -> dict[str, dict[str, Tally]]:
-    """Comparison: site: tally over all batches. `folder` holds the export of snn; exposed.onnx is added to it."""
-    exposed, total = Exposed(folder, snn.spike_config.code), dict[str, dict[str, Tally]]()
-    neurons = [n.args[1:] for n in snn.graph_module.graph.find_nodes(op="call_function", target=ops.count.op)]
-    one_of_a_kind: dict[Any, tuple[str, str]] = dict(zip(neurons, exposed.sites, strict=True))
-    alone = {kind: exposed.alone(*site) for kind, site in one_of_a_kind.items()}
+def tallies(snn: fasfx.SpikingModel, folder: Path, batches: list[Batch]) -> Tallies:
+    """The three comparisons over all batches. `folder` holds the export of snn; exposed.onnx is added to it."""
+    exposed, total = Exposed(folder, snn.spike_config.code), Tallies()
+    nodes = snn.graph_module.graph.find_nodes(op="call_function", target=ops.count.op)
+    alone = {node.args[1:]: site for node, site in zip(nodes, exposed.sites, strict=True)}  # one site of each kind
+    sessions = {neuron: exposed.alone(*site) for neuron, site in alone.items()}
     for batch in batches:
-        run = Forced(snn, exposed(batch), alone)
-        run.run(*snn._inputs((), batch).values())
-        for name, sites in run.tallies.items():
-            row = total.setdefault(name, {})
-            for site, tally in sites.items():
-                row[site] = Tally(*(a + b for a, b in zip(row.get(site, Tally()), tally, strict=True)))
+        theirs = iter(exposed(batch))
+
+        def visit(node: Node, u: Tensor, count: Tensor) -> Tensor:
+            their_u, their_count = next(theirs)  # noqa: B023
+            neuron: Any = node.args[1:]
+            session = sessions[neuron]
+            alone = session.run(None, {session.get_inputs()[0].name: u.contiguous().numpy()})[0]
+            _add(total, ALONE, node, compare(torch.from_numpy(alone), count, neuron))
+            _add(total, WITHIN, node, compare(their_count, ops.count.count(their_u, *neuron), neuron))
+            _add(total, BETWEEN, node, compare(their_count, count, neuron))
+            return their_count
+
+        _Sites(snn.graph_module, visit).run(*snn._inputs((), batch).values())
     return total
+
+
+def _add(total: Tallies, what: str, node: Node, tally: Tally) -> None:
+    row = total.setdefault(what, {})
+    row[str(node.meta["site"])] = tally.plus(row.get(str(node.meta["site"]), Tally()))
+
+
+@torch.no_grad()
+def rounding(snn: fasfx.SpikingModel, batch: Batch) -> Tallies:
+    """Counts that float32 sums flip: the same spikes summed in float32 and float64, then the same float32 neuron."""
+    inputs, counts, total = tuple(snn._inputs((), batch).values()), list[Tensor](), Tallies()
+
+    def keep(node: Node, u: Tensor, count: Tensor) -> Tensor:
+        counts.append(count)
+        return count
+
+    def check(node: Node, u: Tensor, count: Tensor) -> Tensor:
+        neuron: Any = node.args[1:]
+        single = counts.pop(0)
+        _add(total, ROUNDING, node, compare(ops.count.count(u.float(), *neuron), single, neuron))
+        return single.double()
+
+    _Sites(snn.graph_module, keep).run(*inputs)
+    _Sites(_in_float64(snn.graph_module), check).run(*inputs)
+    return total
+
+
+def _in_float64(gm: GraphModule) -> GraphModule:
+    """A copy that computes in float64, also where the graph names float32."""
+    double = copy.deepcopy(gm).double()
+    for node in double.graph.nodes:
+        node.args = tuple(torch.float64 if value is torch.float32 else value for value in node.args)
+        node.kwargs = {k: torch.float64 if value is torch.float32 else value for k, value in node.kwargs.items()}
+    return double
