@@ -25,7 +25,7 @@ def count(u: Tensor, code: str, steps: int, levels: int, signed: bool) -> Tensor
     """
     row = CODES[code]
     low, top = row.limits(steps, levels, signed)
-    return straight_through(row.count(u.detach(), steps, levels, signed), u.clamp(low, top))
+    return straight_through(row.count(u.detach(), steps, levels, signed), u, low, top)
 
 
 LIBRARY.impl("count", count, "CompositeImplicitAutograd")

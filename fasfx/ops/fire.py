@@ -25,7 +25,7 @@ def fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: b
     low, top = row.limits(steps, levels, signed)
     u = x * (top / theta)
     events = row.spikes(u.detach(), steps, levels, signed)
-    count = straight_through(row.decode(events, levels).to(u.dtype), u.clamp(low, top))
+    count = straight_through(row.decode(events, levels).to(u.dtype), u, low, top)
     return count * (theta / top)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 LIBRARY = torch.library.Library("fasfx", "DEF")
 
 
-def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
-    """`value` forward, the gradient of `surrogate` backward. Shapes equal."""
-    if torch.is_grad_enabled() and surrogate.requires_grad:
-        return surrogate + (value - surrogate).detach()
-    return value
+def straight_through(count: Tensor, u: Tensor, low: int, top: int) -> Tensor:
+    """`count` forward, the gradient of clip(u, low, top) backward. Shapes equal."""
+    if torch.is_grad_enabled() and u.requires_grad:
+        clipped = u.clamp(low, top)
+        return clipped + (count - clipped).detach()
+    return count

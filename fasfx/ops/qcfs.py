@@ -27,7 +27,7 @@ def qcfs(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: b
     # In count units a gradient flows through x and theta both, so the learnable theta comes for free.
     scale = top / theta
     u = x * scale
-    count = straight_through(row.count(u.detach(), steps, levels, signed), u.clamp(low, top))
+    count = straight_through(row.count(u.detach(), steps, levels, signed), u, low, top)
     return count * (theta / top)
 
 

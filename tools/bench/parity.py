@@ -75,10 +75,10 @@ def _counts(name: str, snn: fasfx.SpikingModel, folder: Path, quick: bool) -> li
     shares = {what: _shares(row) for what, row in found.items()}
     *held, between = (what for what in shares if what != sites.ROUNDING)
     lines = [at_most(f"{name}: {what}", shares[what], DIFFERING, FORM) for what in held]
-    # Sums are rounded before the neuron here: no backend can flip fewer counts than float32 itself does.
-    limit = max(DIFFERING, 1.5 * shares[sites.ROUNDING][0])
-    lines.append(at_most(f"{name}: {between}", shares[between][:1], limit, FORM)._replace(figures=shares[between]))
     lines = [line._replace(met=line.met and line.figures[2] == 0) for line in lines]
+    # The inputs of the neurons differ here, by the rounding of the sums before them; what float32 flips by itself
+    # is in the row below. The promise is about equal inputs, so these two rows have no target.
+    lines.append(plain(f"{name}: {between}", shares[between], FORM))
     return [*lines, plain(f"{name}: torch, {sites.ROUNDING}", shares[sites.ROUNDING], FORM)]
 
 
