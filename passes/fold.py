@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.ops.library import per_threshold
 from fasfx.program import Declined, add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler, strip
@@ -54,7 +55,7 @@ def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
     config = facts(gm).config
     top = ops.CODES[config.code].capacity(config.timesteps, config.levels)
     up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
-    Scaler(gm).set_factor(up, top / theta)
+    Scaler(gm).set_factor(up, per_threshold(top, theta))
     one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)
     unit = insert(gm, node, node, ops.fire.op, up, one, *neuron, signed)
     node.replace_all_uses_with(unit)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from fasfx.capture import capture
 from fasfx.config import MAX_LEVELS, SpikeConfig
 from fasfx.ops import CODES, LIKE_FIRST, Code
-from fasfx.passes import Clip, Fold, Lower, Normalise, Observe, Substitute
+from fasfx.passes import Clip, Fold, Lower, Normalise, Observe, Substitute, clip
 from fasfx.program import facts
 from fasfx.runner import Runner
 
@@ -343,7 +344,9 @@ def stages(made: Net, config: SpikeConfig, exact: bool = False) -> dict[str, Gra
     Runner([Normalise(), Observe([made.batch])], after=keep).run(captured)
     if exact:
         round_peaks(found["RANGED"])
-    Runner([Clip(), Substitute(), Fold(), Lower()], after=keep).run(found["RANGED"])
+    # The floor under quiet channels would make thresholds irrational.
+    with mock.patch.object(clip, "CHANNEL_FLOOR", 0.0 if exact else clip.CHANNEL_FLOOR):
+        Runner([Clip(), Substitute(), Fold(), Lower()], after=keep).run(found["RANGED"])
     return found
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasfx.ops.codes import CODES
-from fasfx.ops.library import LIBRARY, straight_through
+from fasfx.ops.library import LIBRARY, per_threshold, straight_through
 
 LIBRARY.define("fire(Tensor x, Tensor theta, str code, int steps, int levels, bool signed) -> Tensor")
 
@@ -23,7 +23,7 @@ def fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: b
     """
     row = CODES[code]
     low, top = row.limits(steps, levels, signed)
-    u = x * (top / theta)
+    u = x * per_threshold(top, theta)
     events = row.spikes(u.detach(), steps, levels, signed)
     count = straight_through(row.decode(events, levels).to(u.dtype), u, low, top)
     return count * (theta / top)

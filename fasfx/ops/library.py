@@ -12,6 +12,11 @@ from torch import Tensor
 LIBRARY = torch.library.Library("fasfx", "DEF")
 
 
+def per_threshold(top: int, theta: Tensor) -> Tensor:
+    """N / theta, correctly rounded: torch computes number / tensor as a reciprocal times the number."""
+    return torch.full_like(theta, top) / theta
+
+
 def straight_through(count: Tensor, u: Tensor, low: int, top: int) -> Tensor:
     """`count` forward, the gradient of clip(u, low, top) backward. Shapes equal."""
     if torch.is_grad_enabled() and u.requires_grad:

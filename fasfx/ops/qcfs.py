@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasfx.ops.codes import CODES
-from fasfx.ops.library import LIBRARY, straight_through
+from fasfx.ops.library import LIBRARY, per_threshold, straight_through
 
 LIBRARY.define("qcfs(Tensor x, Tensor theta, str code, int steps, int levels, bool signed) -> Tensor")
 
@@ -25,8 +25,7 @@ def qcfs(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: b
     row = CODES[code]
     low, top = row.limits(steps, levels, signed)
     # In count units a gradient flows through x and theta both, so the learnable theta comes for free.
-    scale = top / theta
-    u = x * scale
+    u = x * per_threshold(top, theta)
     count = straight_through(row.count(u.detach(), steps, levels, signed), u, low, top)
     return count * (theta / top)
 
