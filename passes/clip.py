@@ -21,7 +21,8 @@ from fasfx.runner import Pass
 from fasfx.synapses import RELAYS, SYNAPSES, operand, synapses
 
 aten = torch.ops.aten
-CHANNEL_FLOOR = 1 / 8  # share of the tensor's peak that every channel's threshold has in it: unseen text wakes channels
+QUIET = 0.75  # quantile of the channels' peaks
+CHANNEL_FLOOR = 1.0  # share of that quantile in every channel's threshold: unseen text wakes quiet channels
 
 
 class Clip(Pass):
@@ -110,7 +111,11 @@ def _threshold(site: Site, config: SpikeConfig) -> Tensor:
     seen = site.tail if config.threshold == "percentile" else site.peak
     assert seen is not None
     whole = seen.amax()
-    theta = torch.hypot(seen, whole * CHANNEL_FLOOR) if config.resolved_granularity == "channel" else whole
+    if config.resolved_granularity == "channel":
+        # A quantile and not the tensor's peak: one massive channel must not coarsen the others.
+        theta = torch.hypot(seen, CHANNEL_FLOOR * torch.quantile(seen.flatten().float(), QUIET).to(seen))
+    else:
+        theta = whole
     theta = theta * config.resolved_margin
     return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold
 
