@@ -112,8 +112,9 @@ def _threshold(site: Site, config: SpikeConfig) -> Tensor:
     assert seen is not None
     whole = seen.amax()
     if config.resolved_granularity == "channel":
-        # A quantile and not the tensor's peak: one massive channel must not coarsen the others.
-        theta = torch.hypot(seen, CHANNEL_FLOOR * torch.quantile(seen.flatten().float(), QUIET).to(seen))
+        # Not the tensor's peak alone: one massive channel must not coarsen the others.
+        usual = torch.quantile(seen.flatten().float(), QUIET).to(seen)
+        theta = torch.hypot(seen, CHANNEL_FLOOR * torch.minimum(usual, whole / 8))
     else:
         theta = whole
     theta = theta * config.resolved_margin
