@@ -1,0 +1,61 @@
+"""The exported network: any batch and length, and the same graph through Hugging Face's own exporter."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from transformers.exporters import ExportedModel
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+import fasfx
+from fasfx.capture import dynamic_shapes
+from fasfx.equivalence import Difference, main_output
+from fasfx.errors import ConfigError
+from fasfx.tools.bench.models import tiny, tiny_inputs
+
+
+def graph(folder: Path) -> list[tuple[str, list[tuple[str, bytes]]]]:
+    """Operators in order with their attributes; names of values left out."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert {"": 18}.items() <= {o.domain: o.version for o in model.opset_import}.items()
+    return [(n.op_type, [(a.name, a.SerializeToString()) for a in n.attribute]) for n in model.graph.node]
+
+
+def relative(reference: torch.Tensor, value: torch.Tensor) -> float:
+    found = Difference()
+    found.add(reference, value)
+    return found.relative_l2
+
+
+@pytest.mark.parametrize("family", ["bert", "opt"])
+def test_spike_quantizer_exports_the_same_graph(family: str, tmp_path: Path) -> None:
+    model, batch = tiny(family), tiny_inputs(family)
+    extra = {} if family == "bert" else {"use_cache": False}
+    calibration = [{**batch, **extra}]
+    snn = fasfx.convert(model, calibration)
+    snn.to_onnx(tmp_path / "ours")
+    config = OnnxConfig(
+        dynamic=True,
+        dynamic_shapes=dynamic_shapes(batch),
+        opset_version=18,
+        quantizer=fasfx.SpikeQuantizer(fasfx.SpikeConfig(), calibration_dataset=calibration),
+    )
+    if family == "bert":  # its table of positions ends at a length that torch.export wants to know
+        length = torch.export.Dim("length", max=model.config.max_position_embeddings)
+        config.dynamic_shapes = {name: {0: dims[0], 1: length} for name, dims in config.dynamic_shapes.items()}
+    OnnxExporter().export(model, {**batch, **extra}, config).save_pretrained(tmp_path / "theirs")
+    assert graph(tmp_path / "ours") == graph(tmp_path / "theirs")
+    ours, theirs = fasfx.runtime.OnnxModel(tmp_path / "ours"), ExportedModel.from_pretrained(tmp_path / "theirs")
+    for size, length in ((1, 5), (3, 9)):
+        inputs = tiny_inputs(family, batch_size=size, length=length, seed=length)
+        with torch.no_grad():
+            original = main_output(model(**inputs, **extra))
+            in_torch = relative(original, main_output(snn(**inputs)))
+        for run in (ours, theirs):
+            assert relative(original, main_output(run(**inputs))) == pytest.approx(in_torch, rel=0.05)
+
+
+def test_spike_quantizer_refuses_what_this_version_lacks() -> None:
+    with pytest.raises(ConfigError, match="int8"):
+        fasfx.SpikeQuantizer(fasfx.SpikeConfig.integer())
