@@ -81,13 +81,13 @@ def convert(
     """Convert MODEL to a spiking network and save it, with its tokenizer, in a folder."""
     with quiet():
         import fasfx
-        from fasfx.calibration import text_batches
-        from fasfx.folders import check_target, load_tokenizer, read_texts, save
+        from fasfx.calibration import text_batches, tokenizer_beside
+        from fasfx.folders import check_target, read_texts, save
 
         config = _config(preset, {"timesteps": timesteps, "code": code, "strict": strict or None})
         texts = read_texts(calibration) if calibration else None
         check_target(out)
-        original, tokenizer = _load(model), load_tokenizer(model)
+        original, tokenizer = _load(model), tokenizer_beside(model)
         if texts is not None and tokenizer is None:
             raise CalibrationError(NO_TOKENIZER.format(model, calibration))
         batches = text_batches(original, tokenizer, texts) if texts is not None else None
@@ -184,10 +184,9 @@ def _load(source: str) -> Any:
 
 def _evaluation(model: Any, source: str, texts: list[str] | None) -> list[dict[str, Any]]:
     """Batches to measure on."""
-    from fasfx.calibration import default_batches, sentences, text_batches
-    from fasfx.folders import load_tokenizer
+    from fasfx.calibration import default_batches, sentences, text_batches, tokenizer_beside
 
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer_beside(source)
     if tokenizer is None:
         if texts is not None:
             raise CalibrationError(NO_TOKENIZER.format(source, "--data"))

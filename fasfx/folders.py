@@ -15,8 +15,6 @@ from fasfx.errors import CalibrationError, CheckpointError
 from fasfx.writing import written_beside
 
 CONFIG = "config.json"
-# For a folder with only a config, AutoTokenizer makes an empty tokenizer; one of these tells a real one.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def load_model(source: str) -> tuple[PreTrainedModel, list[str]]:
@@ -60,19 +58,6 @@ def _class_of(config: Any) -> Any:
 
     named = (getattr(transformers, name, None) for name in config.architectures or ())
     return next((kind for kind in named if kind is not None), transformers.AutoModel)
-
-
-def load_tokenizer(source: str | Path) -> Any | None:
-    """The tokenizer beside a model, or None if there is none."""
-    from transformers import AutoTokenizer
-
-    folder = Path(source)
-    if folder.is_dir() and not any(any(folder.glob(name)) for name in TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
 
 
 def read_texts(file: Path) -> list[str]:

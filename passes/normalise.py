@@ -78,7 +78,10 @@ def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, 
     return aten.mul.Tensor(aten.mul.Tensor(x, half), aten.add.Tensor(tanh, one))
 
 
-@rewrite(into=lambda q, k, v, mask, scale: aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale))
+@rewrite(
+    into=lambda q, k, v, mask, scale: aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale),
+    when=lambda mask, low, one, zero: _is_zeroed(mask, low, one, zero),
+)
 def zeroed_attention_to_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, low: float, one: int, zero: Tensor, scale: float
 ) -> Any:
@@ -88,6 +91,17 @@ def zeroed_attention_to_attention(
     empty = aten.lt.Scalar(aten.sum.dim_IntList(kept, [-1], True), one)
     attended = aten.scaled_dot_product_attention.default(q, k, v, added, scale=scale)
     return aten.where.self(empty, zero, attended)
+
+
+def _is_zeroed(mask: Any, low: Any, one: Any, zero: Any) -> bool | str:
+    value = fake(mask)
+    if value is None or value.dtype != torch.bool:
+        return "the mask is not boolean"
+    if low > torch.finfo(torch.float32).min or one != 1:
+        return f"masked scores are lowered by {low} where fewer than {one} keys are attended: that is no full mask"
+    if not isinstance(zero, Node) or zero.target is not aten.zeros.default:
+        return "fully masked rows are not set to zero"
+    return True
 
 
 def _last(x: Proxy) -> int:

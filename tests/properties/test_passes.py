@@ -203,6 +203,40 @@ def test_near_miss_keeps_its_numbers_and_says_why(rule: str, case: int) -> None:
         assert MATCHES[rule][2] not in targets(normal)
 
 
+def zeroed_attention(low: float = torch.finfo(torch.float32).min, one: int = 1, fill: float = 0.0) -> Calls:
+    """Attention as transformers' ONNX exporter traces it: fully masked rows are set to zero by hand."""
+
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        mask = x[:, 0, :, None] + x[:, 0, None, :] > m.edge
+        unattended = mask.to(torch.float32).sum(dim=-1, keepdim=True) < one
+        added = (~mask).to(torch.float32) * low
+        found = F.scaled_dot_product_attention(
+            x.transpose(1, 2), x.transpose(1, 2), x.transpose(1, 2), added, scale=0.5
+        )
+        zero = torch.zeros(()) if fill == 0 else torch.full((), fill)
+        return torch.where(unattended, zero, found)
+
+    made = Calls(call).eval()
+    made.register_buffer("edge", torch.tensor(0.5))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [({}, None), ({"low": -1.0}, "no full mask"), ({"one": 3}, "no full mask"), ({"fill": 2.0}, "not set to zero")],
+)
+def test_zeroed_attention(kind: dict[str, Any], reason: str | None) -> None:
+    torch.manual_seed(0)
+    module, batch = zeroed_attention(**kind), {"x": torch.randn(3, 8, 5)}
+    batch["x"][0] = -1.0  # every key of the first sample is masked
+    captured = capture(module, batch, SpikeConfig())
+    normal = Runner([Normalise()]).run(captured)
+    assert torch.allclose(normal(**batch), module(**batch), atol=1e-6)
+    declined = [d.reason for d in facts(normal).declined if d.rule == "zeroed_attention_to_attention"]
+    assert (declined == []) if reason is None else reason in declined[0]
+    assert (aten.lt.Scalar in targets(normal)) is (reason is not None)
+
+
 def test_every_rule_is_tried_here() -> None:
     tried = set(MATCHES) | {"qcfs_to_fire", "zeroed_attention_to_attention"}
     assert {rule.name for one in PIPELINE for rule in one.rules} <= tried

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fasfx.equivalence import main_output, output_mask
 from fasfx.errors import MissingDataError
 from fasfx.tools.bench import data, metrics, models, timing
 
@@ -103,10 +104,10 @@ def test_windows_predict_the_asked_number_of_tokens(tokenizer: Any) -> None:
 def test_tiny_models_are_repeatable_and_of_sensible_scale(family: str) -> None:
     inputs = models.tiny_inputs(family)
     with torch.no_grad():
-        one, two = (metrics.main_output(models.tiny(family)(**inputs)) for _ in range(2))
+        one, two = (main_output(models.tiny(family)(**inputs)) for _ in range(2))
     assert torch.equal(one, two)
     assert 0.2 < one.std() < 20
-    assert metrics.output_mask(inputs) is None or one.shape[:2] == metrics.output_mask(inputs).shape  # type: ignore[union-attr]
+    assert output_mask(inputs) is None or one.shape[:2] == output_mask(inputs).shape  # type: ignore[union-attr]
 
 
 def test_relative_error_leaves_masked_positions_out() -> None:

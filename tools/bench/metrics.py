@@ -9,33 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import functional
 
+from fasfx.equivalence import Difference, main_output, output_mask
 from fasfx.tools.bench.data import Batch
 
 Model = Callable[..., Any]
 Name = TypeVar("Name", bound="str | int")
-
-
-def main_output(output: Any) -> torch.Tensor:
-    """The tensor that a figure is about: logits, else last_hidden_state, else the (first) tensor itself."""
-    for name in ("logits", "last_hidden_state"):
-        if getattr(output, name, None) is not None:
-            return torch.as_tensor(getattr(output, name))
-    return torch.as_tensor(output if isinstance(output, torch.Tensor) else output[0])
-
-
-def output_mask(batch: Batch) -> torch.Tensor | None:
-    """The mask of the output's positions: those of the decoder if there is one; images have none."""
-    return batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
-
-
-def _squares(reference: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> tuple[float, float]:
-    """(sum of squared differences, sum of squares of the reference), over unmasked positions, in float64."""
-    if reference.shape != value.shape:
-        raise ValueError(f"shapes differ: {tuple(reference.shape)} and {tuple(value.shape)}")
-    if mask is not None:
-        reference, value = reference[mask.bool()], value[mask.bool()]
-    reference, value = reference.detach().double(), value.detach().double()
-    return float((value - reference).square().sum()), float(reference.square().sum())
 
 
 def relative_error(reference: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None) -> float:
@@ -43,8 +21,9 @@ def relative_error(reference: torch.Tensor, value: torch.Tensor, mask: torch.Ten
 
     Shapes: reference and value [..., *rest] alike, mask [...] with 0 where a position does not count.
     """
-    difference, size = _squares(reference, value, mask)
-    return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
+    found = Difference()
+    found.add(reference, value, mask)
+    return found.relative_l2
 
 
 @torch.no_grad()
@@ -59,10 +38,10 @@ def error_table(
     table = {}
     for name, make in candidates.items():
         model = make()
-        found = (main_output(model(**batch)) for batch in batches)
-        pairs = [_squares(e, f, output_mask(b)) for e, f, b in zip(expected, found, batches, strict=True)]
-        difference, size = (sum(column) for column in zip(*pairs, strict=True))
-        table[name] = math.sqrt(difference / size)
+        found = Difference()
+        for reference_output, batch in zip(expected, batches, strict=True):
+            found.add(reference_output, main_output(model(**batch)), output_mask(batch))
+        table[name] = found.relative_l2
     return table
 
 
