@@ -115,7 +115,7 @@ def test_relative_error_leaves_masked_positions_out() -> None:
     value[0, 0], value[0, 3] = 1.5, 100.0
     assert metrics.relative_error(reference, value, torch.tensor([[1, 1, 1, 0]])) == math.sqrt(0.5 / 6)
     assert metrics.relative_error(torch.zeros(2), torch.ones(2)) == math.inf
-    with pytest.raises(ValueError, match="shapes differ"):
+    with pytest.raises(ValueError, match="differ in shape"):
         metrics.relative_error(reference, value[:, :1])
 
 
