@@ -39,9 +39,9 @@ class Fold(Pass):
         scales = dict(neuron_to_unit(gm, node) for node in neurons)
         scaler = Scaler(gm)
         for unit, scale in scales.items():
-            for reader, relay in _readers(unit):
+            for reader in _readers(unit):
                 if not scale_to_reader(gm, scaler, scales, unit, scale, reader):
-                    _decode_before(gm, unit, scale, relay)
+                    _decode_before(gm, unit, scale, reader)
         for unit in scales:
             scale_to_maker(gm, scaler, unit)
         return bool(neurons)
@@ -63,14 +63,11 @@ def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
     return unit, theta / top
 
 
-def _readers(unit: Node) -> list[tuple[Node, Node]]:
-    """(node that computes with the counts, node that takes them directly): they differ by a relay (dropout)."""
-    found: list[tuple[Node, Node]] = []
+def _readers(unit: Node) -> list[Node]:
+    """Nodes that compute with the counts; a relay (dropout) hands them on."""
+    found: list[Node] = []
     for user in unit.users:
-        if user.target in RELAYS and operand(user) is unit:
-            found += [(reader, reader) for reader in user.users]
-        else:
-            found.append((user, user))
+        found += list(user.users) if user.target in RELAYS and operand(user) is unit else [user]
     return found
 
 
@@ -142,7 +139,7 @@ def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> 
         if operand(value) is unit:
             reader.replace_input_with(value, decoded)
     facts(gm).declined.append(
-        Declined("fold", "scale_to_reader", reader.name, "the scale differs between summed channels")
+        Declined("fold", "scale_to_reader", reader.name, f"the scale does not leave the sum of {reader.target}")
     )
 
 
