@@ -33,9 +33,9 @@ def attention_to_products(gm: GraphModule, node: Node) -> None:
             keys, values = (_repeat_heads(x, features.shape[-3]) for x in (k, v))
         scores = aten.matmul.default(aten.mul.Tensor(q, scale), aten.transpose.int(keys, -2, -1))
         if (mask := given.get("attn_mask")) is not None:
-            scores = _masked(scores, proxy(gm, mask), fake(mask))
+            scores = aten.add.Tensor(scores, _bias(gm, mask, features.dtype))
         elif given.get("is_causal"):
-            scores = _masked(scores, _causal(q, k), torch.empty(0, dtype=torch.bool))
+            scores = aten.where.ScalarOther(_causal(q, k), scores, -math.inf)
         weights = aten.softmax.int(scores, -1)
         if given.get("dropout_p"):
             weights = aten.dropout.default(weights, given["dropout_p"], True)
@@ -44,10 +44,18 @@ def attention_to_products(gm: GraphModule, node: Node) -> None:
     replace(gm, node, build)
 
 
-def _masked(scores: Any, mask: Proxy, value: Tensor | None) -> Any:
-    if value is not None and value.dtype == torch.bool:
-        return aten.where.ScalarOther(mask, scores, -math.inf)
-    return aten.add.Tensor(scores, mask)
+def _bias(gm: GraphModule, mask: Node, dtype: torch.dtype) -> Any:
+    """What a mask adds to the scores: 0 and -inf for a boolean one, made once for all layers that share it."""
+    value = fake(mask)
+    assert value is not None
+    if value.dtype != torch.bool:
+        return proxy(gm, mask)
+    made = [user for user in mask.users if user.target is aten.where.Scalar and user.args[1:] == (0.0, -math.inf)]
+    if made:
+        bias = proxy(gm, made[0])
+    else:
+        bias = emit(gm, mask.next, lambda: aten.where.Scalar(proxy(gm, mask), 0.0, -math.inf))
+    return bias if fake(bias.node).dtype == dtype else aten.to.dtype(bias, dtype)  # type: ignore[union-attr]
 
 
 def _causal(q: Proxy, k: Proxy) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fasfx.attention import attention_to_products, softmax_to_deferred
 from fasfx.program import arg, fake
@@ -146,8 +147,8 @@ class Normalise(Pass):
     def rewrite(self, gm: GraphModule) -> bool:
         """Clean, apply the rules, then write attention out."""
         changed = remove_assertions(gm)
-        changed |= remove_identities(gm)
         changed |= views_to_reshapes(gm)
+        changed |= remove_identities(gm)
         changed |= super().rewrite(gm)
         changed |= scaled_products_to_matmul(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
@@ -167,7 +168,7 @@ def remove_assertions(gm: GraphModule) -> bool:
 
 
 def remove_identities(gm: GraphModule) -> bool:
-    """Aliases, detaches and conversions to the dtype and device a value already has."""
+    """Aliases, detaches, conversions to the dtype and device and reshapes to the shape a value already has."""
     same = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default)
     convert = (
         aten.to.dtype,
@@ -183,6 +184,7 @@ def remove_identities(gm: GraphModule) -> bool:
         or (n.target in convert and _unchanged(n))
         or (n.target is aten.clone.default and not n.kwargs)
         or (n.target is aten.slice.Tensor and _whole(n))
+        or (n.target is aten.reshape.default and _same_shape(n))
     ]
     for node in gone:
         node.replace_all_uses_with(arg(node, 0))
@@ -201,6 +203,11 @@ def views_to_reshapes(gm: GraphModule) -> bool:
 def _unchanged(node: Node) -> bool:
     before, after = fake(node.args[0]), fake(node)
     return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def _same_shape(node: Node) -> bool:
+    before, after = fake(node.args[0]), fake(node)
+    return before is not None and after is not None and statically_known_true(sym_eq(before.shape, after.shape))
 
 
 def _whole(node: Node) -> bool:

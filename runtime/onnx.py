@@ -12,6 +12,7 @@ from torch import Tensor
 from fasfx.capture import dynamic_shapes
 from fasfx.errors import CheckpointError, ConfigError, InputError, RuntimeUnavailableError
 from fasfx.program import fake
+from fasfx.runtime.rules import for_runtime
 from fasfx.writing import written_beside
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs
         exported = OnnxExporter().export(_Plain(model), inputs, config)
+    for component in exported.components.values():
+        component.program = for_runtime(component.program)
     exported.config = model.config
     with written_beside(folder) as staging:
         exported.save_pretrained(staging)

@@ -1,8 +1,11 @@
 """The exported network: any batch and length, and the same graph through Hugging Face's own exporter."""
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 from transformers.exporters import ExportedModel
@@ -12,12 +15,14 @@ import fasfx
 from fasfx.capture import dynamic_shapes
 from fasfx.equivalence import Difference, main_output
 from fasfx.errors import ConfigError
+from fasfx.runtime.rules import for_runtime
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
 
 def graph(folder: Path) -> list[tuple[str, list[tuple[str, bytes]]]]:
     """Operators in order with their attributes; names of values left out."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    program = for_runtime(onnx_ir.load(folder / "model.onnx"))  # changes nothing in what to_onnx wrote
+    model = onnx_ir.to_proto(program)
     assert {"": 18}.items() <= {o.domain: o.version for o in model.opset_import}.items()
     return [(n.op_type, [(a.name, a.SerializeToString()) for a in n.attribute]) for n in model.graph.node]
 
@@ -54,6 +59,23 @@ def test_spike_quantizer_exports_the_same_graph(family: str, tmp_path: Path) -> 
             in_torch = relative(original, main_output(snn(**inputs)))
         for run in (ours, theirs):
             assert relative(original, main_output(run(**inputs))) == pytest.approx(in_torch, rel=0.05)
+
+
+def test_onnx_runtime_fuses_the_exported_gelu_and_clips_no_exponential(tmp_path: Path) -> None:
+    model, batch = tiny("bert"), tiny_inputs("bert")
+    fasfx.convert(model, [batch], fasfx.SpikeConfig(code="radix", timesteps=7)).to_onnx(tmp_path)
+    written = Counter(name for name, _ in graph(tmp_path))
+    layers = model.config.num_hidden_layers
+    assert written["Exp"] == written["Erf"] == layers
+    assert written["Floor"] == written["Clip"]  # one Clip a neuron, but for exponentials, whose maxima have one
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    fused = Counter(
+        node.op_type for node in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    )
+    assert fused["Erf"] == 0
+    assert fused["Gelu"] + fused["BiasGelu"] == layers
 
 
 def test_spike_quantizer_refuses_what_this_version_lacks() -> None:

@@ -300,6 +300,24 @@ def test_attention_is_written_out(options: dict[str, Any], groups: int) -> None:
     assert aten.softmax.int not in targets(normal) and aten.exp.default in targets(normal)
 
 
+def test_a_boolean_mask_becomes_one_bias_for_all_layers_that_share_it() -> None:
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        mask = x[:, 0, :, None] + x[:, 0, None, :] < 1
+        for _ in range(3):
+            x = x + F.scaled_dot_product_attention(x, x, x, mask)
+        return x
+
+    found = targets(normalised(call, (3, 8, 8)))
+    assert found.count(aten.where.Scalar) == 1 and found.count(aten.exp.default) == 3
+
+
+def test_a_reshape_to_the_same_shape_goes() -> None:
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        return x.reshape(x.shape[0], -1, 8).reshape(x.shape[0], -1)
+
+    assert targets(normalised(call, (3, 5, 8))).count(aten.reshape.default) == 1
+
+
 @pytest.mark.parametrize("kind", [torch.bool, torch.float64], ids=str)
 def test_fully_masked_rows_are_zero_at_every_level(kind: torch.dtype) -> None:
     """Where nothing is attended the result is 0, before the output projection adds its bias."""
