@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 
 from fasfx.program import arg, fake
