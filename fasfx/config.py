@@ -22,7 +22,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 # What the contract names and this version does not have yet; asking for it is an error, never a silent change.
 _LATER: dict[tuple[str, object], str] = {
-    ("schedule", "synchronous"): 'use schedule="sequential"',
     ("coverage", "activation"): 'use coverage="matmul"',
     ("activation", "replace"): 'use activation="keep"',
     ("nonlinear", "spiking"): 'use nonlinear="exact"; coverage lists the float operators',
@@ -40,6 +39,7 @@ class SpikeConfig:
     code:        "multi" (signed powers of two), "radix" (binary digits), "rate" (QCFS, FAS's neuron).
     levels:      thresholds of a multi neuron, 1 to 24; independent of timesteps.
     schedule:    "sequential": a layer starts when its input is complete; closed form, latency depth * T.
+                 "synchronous": all layers tick together, an answer after every tick, latency T; not for radix.
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
     nonlinear:   "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
@@ -78,6 +78,9 @@ class SpikeConfig:
             raise ConfigError(
                 f"timesteps={self.timesteps}: a radix count of more than {MAX_RADIX_STEPS} steps is not exact"
             )
+        if self.schedule == "synchronous" and CODES[self.code].ticking is None:
+            ticking = ", ".join(repr(name) for name, code in CODES.items() if code.ticking)
+            raise ConfigError(f"code={self.code!r} has no synchronous schedule: choose one of {ticking}")
         if self.margin is not None and not self.margin > 0:
             raise ConfigError(f"margin={self.margin!r}: must be a positive number or None")
         for pattern in self.skip:
@@ -104,6 +107,14 @@ class SpikeConfig:
     def resolved_granularity(self) -> str:
         """The granularity in force."""
         return self.granularity or ("tensor" if self.code == "multi" else "channel")
+
+    @property
+    def unit(self) -> int:
+        """What stands for the threshold in a folded graph: N, or the code's own unit if T is not to matter."""
+        code = CODES[self.code]
+        if self.schedule == "synchronous" and code.ticking is not None:
+            return code.ticking.unit(self.levels)
+        return code.capacity(self.timesteps, self.levels)
 
     @property
     def neuron(self) -> tuple[str, int, int]:

@@ -43,6 +43,7 @@ _FREE |= {
     aten.split_with_sizes.default,
     ops.count.op,
     ops.fire.op,
+    ops.tick.op,
 }
 _FREE |= {aten.to.dtype, aten.copy.default, aten.constant_pad_nd.default, aten.pad.default, aten.roll.default}
 
@@ -129,8 +130,13 @@ def _synapse_row(gm: GraphModule, node: Node, positions: tuple[int, ...]) -> Row
 
 def _is_spiking(value: Node) -> bool:
     if value.target is aten.mul.Tensor:  # a decoded count: scale outside the sum could not move
-        value = next((a for a in value.all_input_nodes if a.target in ops.LIKE_FIRST), value)
-    return value.target in (ops.count.op, ops.fire.op)
+        value = next((a for a in value.all_input_nodes if a.target in ops.LIKE_FIRST or is_firing_rate(a)), value)
+    return value.target in (ops.count.op, ops.fire.op, ops.tick.op) or is_firing_rate(value)
+
+
+def is_firing_rate(node: Node) -> bool:
+    """Spikes so far over ticks so far, one factor for the whole network: the running estimate of a rate code."""
+    return node.target is aten.div.Tensor and isinstance(x := node.args[0], Node) and x.target is ops.tick.op
 
 
 def _float_row(node: Node, on_values: bool) -> Row:
@@ -144,7 +150,7 @@ def _float_row(node: Node, on_values: bool) -> Row:
 def _is_float_work(node: Node) -> bool:
     """Whether a node computes new floating point values from values: not free, not a constant factor."""
     value = fake(node)
-    if value is None or not value.is_floating_point() or node.target in _FREE:
+    if value is None or not value.is_floating_point() or node.target in _FREE or is_firing_rate(node):
         return False
     if node.target is aten.mul.Tensor:
         return all(isinstance(a, Node) and a.op != "get_attr" for a in node.args)

@@ -71,8 +71,7 @@ def carried_by(*neurons: object) -> Check:
 
 
 def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
-    config, fixed = facts(gm).config, constants(gm)
-    top = ops.CODES[config.code].capacity(config.timesteps, config.levels)
+    top, fixed = facts(gm).config.unit, constants(gm)
     for node in operators(gm):
         if node.target is ops.fire.op and node.args[1] in fixed:
             theta = arg(node, 1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,14 @@ from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
 from fasfx.coverage import coverage, require_full
-from fasfx.errors import InputError
+from fasfx.errors import ConfigError, InputError
 from fasfx.ledger import Ledger
 from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts, fake
 from fasfx.runner import PassHook, Runner
 from fasfx.runtime.spikes import SpikeRecorder, SpikeTrain
+from fasfx.runtime.ticks import NetworkState, Settled, StepGraph, settle
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,6 +41,7 @@ class SpikingModel(nn.Module):
         super().__init__()
         self.config = config
         self.ranged = ranged
+        self.recompute = False
         self._build(ranged, after)
 
     def _build(self, ranged: GraphModule, after: PassHook | None = None) -> None:
@@ -47,6 +50,7 @@ class SpikingModel(nn.Module):
         if facts(ranged).config.strict:
             require_full(found)
         self.ranged, self.graph_module, self.coverage = ranged, lowered, found
+        self._steps = StepGraph(lowered) if facts(ranged).config.schedule == "synchronous" else None
         _freeze(lowered)
 
     # --- running -----------------------------------------------------------------------------------------
@@ -56,13 +60,62 @@ class SpikingModel(nn.Module):
 
         Raises InputError naming a missing, unknown or ill-typed input.
         """
-        return self.graph_module(**self._inputs(args, kwargs))
+        inputs = self._inputs(args, kwargs)
+        if self.spike_config.schedule == "sequential":
+            return self.graph_module(**inputs)
+        ticks = self._step_graph.ticks([*inputs.values()], self.timesteps, self.recompute)
+        return deque(ticks, maxlen=1).pop()
+
+    def ticks(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """The running outputs of the synchronous schedule, T of them, the last of which is forward's.
+
+        Each call has a state of its own. Gradients flow through the ticks; their memory grows with T, unless
+        `gradient_checkpointing_enable()` was called. Raises InputError, ConfigError for a sequential network.
+        """
+        steps = self._step_graph
+        return steps.ticks([*self._inputs(args, kwargs).values()], self.timesteps, self.recompute)
+
+    def ticks_until(self, tolerance: float, *args: Any, **kwargs: Any) -> Settled:
+        """Tick until the main output changes by at most `tolerance` (relative L2, all positions), at most T ticks.
+
+        With the multi code the error falls about threefold per tick, so what is left is about half of the last change.
+        """
+        with torch.no_grad():
+            return settle(self.ticks(*args, **kwargs), tolerance)
+
+    def state(self, *args: Any, **kwargs: Any) -> NetworkState:
+        """The state before the first tick for these inputs: its shapes and memory, and where `step` begins."""
+        return self._step_graph.state([*self._inputs(args, kwargs).values()])
+
+    def step(self, state: NetworkState, *args: Any, **kwargs: Any) -> tuple[Any, NetworkState]:
+        """One tick by hand: the running output and the next state. The inputs may change from tick to tick."""
+        return self._step_graph.step([*self._inputs(args, kwargs).values()], state, self.recompute)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Keep no activations of a tick for the gradient; compute them again when it is asked for."""
+        self.recompute = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the activations of every tick while gradients are enabled."""
+        self.recompute = False
+
+    @property
+    def _step_graph(self) -> StepGraph:
+        if self._steps is None:
+            raise ConfigError('a sequential network has no ticks: set model.schedule = "synchronous"')
+        return self._steps
 
     def spikes(self, *args: Any, **kwargs: Any) -> dict[str, SpikeTrain]:
         """Site name -> the spikes it sends for these inputs."""
         recorder = SpikeRecorder(self.graph_module, self._static_thresholds())
+        inputs = [*self._inputs(args, kwargs).values()]
         with torch.no_grad():
-            recorder.run(*self._inputs(args, kwargs).values())
+            if self.spike_config.schedule == "sequential":
+                recorder.run(*inputs)
+            else:
+                sent = [*self._step_graph.state(inputs).sent.values()]
+                for tick in range(1, self.timesteps + 1):
+                    _, sent = recorder.run(*inputs, torch.tensor(tick, device=inputs[0].device), *sent)
         return recorder.trains
 
     def _static_thresholds(self) -> dict[str, Tensor]:
@@ -73,7 +126,7 @@ class SpikingModel(nn.Module):
     @property
     def input_names(self) -> list[str]:
         """Names of the tensors forward takes, in the order of positional arguments."""
-        return [str(node.target) for node in self.graph_module.graph.find_nodes(op="placeholder")]
+        return [str(node.target) for node in self.ranged.graph.find_nodes(op="placeholder")]
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         names, constants = self.input_names, facts(self.ranged).constants
@@ -100,7 +153,7 @@ class SpikingModel(nn.Module):
 
     def _check(self, given: Mapping[str, Any]) -> None:
         sizes: dict[str, tuple[str, int]] = {}  # symbol -> the input that set it
-        for node in self.graph_module.graph.find_nodes(op="placeholder"):
+        for node in self.ranged.graph.find_nodes(op="placeholder"):
             name, value, wanted = str(node.target), given[str(node.target)], fake(node)
             if not isinstance(value, Tensor):
                 raise InputError(f"{name} is a {type(value).__name__}, not a tensor")
@@ -132,8 +185,20 @@ class SpikingModel(nn.Module):
 
     @timesteps.setter
     def timesteps(self, steps: int) -> None:
-        config = self.spike_config.replace(timesteps=steps)
-        if steps != self.timesteps:
+        self._set(timesteps=steps)
+
+    @property
+    def schedule(self) -> str:
+        """ "sequential" or "synchronous". Setting it rebuilds the network; nothing is calibrated again."""
+        return self.spike_config.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: str) -> None:
+        self._set(schedule=schedule)
+
+    def _set(self, **changes: Any) -> None:
+        config = self.spike_config.replace(**changes)
+        if config != self.spike_config:
             ranged = copy_program(self.ranged)
             facts(ranged).config = config
             self._build(ranged)
@@ -145,7 +210,7 @@ class SpikingModel(nn.Module):
 
     @property
     def latency_ticks(self) -> dict[str, int]:
-        """Ticks until the answer: sequential (depth in neurons * T), and T, what a synchronous schedule would need."""
+        """Ticks until the answer under either schedule: depth in neurons * T sequentially, T synchronously."""
         return {"sequential": depth(self.graph_module) * self.timesteps, "synchronous": self.timesteps}
 
     def __repr__(self) -> str:
@@ -193,5 +258,5 @@ def depth(gm: GraphModule) -> int:
     levels: dict[torch.fx.Node, int] = {}
     for node in gm.graph.nodes:
         before = max((levels[n] for n in node.all_input_nodes), default=0)
-        levels[node] = before + (node.target is ops.count.op)
+        levels[node] = before + (node.target in (ops.count.op, ops.tick.op))
     return max(levels.values(), default=0)

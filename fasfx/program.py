@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import TreeSpec
 
 from fasfx.config import SpikeConfig
 from fasfx.ledger import Ledger
@@ -63,6 +64,14 @@ class Ran:
     nodes: int
 
 
+@dataclass(frozen=True)
+class State:
+    """A neuron's state in a step graph: its site, and the name of the graph's input that holds it."""
+
+    site: str
+    name: str
+
+
 @dataclass
 class Facts:
     """Everything a program knows about itself."""
@@ -75,6 +84,9 @@ class Facts:
     ledger: Ledger = field(default_factory=Ledger)
     declined: list[Declined] = field(default_factory=list)
     history: list[Ran] = field(default_factory=list)
+    tick: str = ""  # the input of a step graph that holds the number of the tick
+    states: list[State] = field(default_factory=list)  # in the order of the step graph's inputs and outputs
+    outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
 
 
 def facts(gm: GraphModule) -> Facts:

@@ -18,11 +18,11 @@ from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
 from fasfx.program import Site, add_tensor, describe, facts, fake, insert
 from fasfx.runner import Pass
-from fasfx.synapses import RELAYS, SYNAPSES, operand, synapses
+from fasfx.synapses import RELAYS, SYNAPSES, carried_values, operand, synapses
 
 aten = torch.ops.aten
-QUIET = 0.75  # quantile of the channels' peaks
-CHANNEL_FLOOR = 1.0  # share of that quantile in every channel's threshold: unseen text wakes quiet channels
+QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
+CHANNEL_FLOOR = 1.0  # share of the floor that is in force
 
 
 class Clip(Pass):
@@ -95,8 +95,9 @@ def _per_row(gm: GraphModule, value: Node, before: Node, margin: float) -> Node:
 
 def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     """theta of every site with a static threshold; the products' constraint on channels holds."""
-    config = facts(gm).config
-    theta = {name: _threshold(site, config) for name, site in facts(gm).sites.items()}
+    config, values = facts(gm).config, carried_values(gm)
+    gates = {node.name for node in values if _is_product(node, values)}
+    theta = {name: _threshold(site, config, name in gates) for name, site in facts(gm).sites.items()}
     if config.resolved_granularity == "channel":
         for node, live in synapses(gm):
             if node.target is aten.matmul.default and len(live) == 2:
@@ -104,20 +105,26 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     return theta
 
 
-def _threshold(site: Site, config: SpikeConfig) -> Tensor:
+def _is_product(node: Node, values: set[Node]) -> bool:
+    """Whether a value is the product of two values, as behind a gate."""
+    return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
+
+
+def _threshold(site: Site, config: SpikeConfig, product: bool) -> Tensor:
     assert site.peak is not None
     if site.fixed is not None:
         return torch.full_like(site.peak.amax(), site.fixed)
     seen = site.tail if config.threshold == "percentile" else site.peak
     assert seen is not None
     whole = seen.amax()
+    theta = whole * config.resolved_margin
     if config.resolved_granularity == "channel":
-        # Not the tensor's peak alone: one massive channel must not coarsen the others.
-        usual = torch.quantile(seen.flatten().float(), QUIET).to(seen)
-        theta = torch.hypot(seen, CHANNEL_FLOOR * torch.minimum(usual, whole / 8))
-    else:
-        theta = whole
-    theta = theta * config.resolved_margin
+        floor = torch.quantile(seen.flatten().float(), QUIET).to(seen)
+        if not product:  # one massive channel must not coarsen the others, nor must many that are alike
+            floor = torch.minimum(floor, whole / 8)
+        # Unseen factors of a product exceed their maxima by the margin each, the product by its square.
+        headroom = config.resolved_margin ** (2 if product else 1)
+        theta = headroom * torch.hypot(seen, CHANNEL_FLOOR * floor)
     return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold
 
 

@@ -1,6 +1,6 @@
 """SPIKING -> FOLDED: spike counts travel; thresholds and scales live in the neighbouring weights.
 
-fire(x, theta)  ->  fire(x * N / theta, N) = n, an integer; theta / N moves on into what reads n:
+fire(x, theta)  ->  fire(x * N / theta, N) = n, an integer; theta / N moves on into what reads n (N: config.unit):
 linear and convolution take it into their weights, products and sums pass it to their output. The factor
 N / theta moves back into what made x where only the neuron reads it: norm weights, linear rows, other factors.
 What cannot move stays an explicit multiplication and is noted with the reason.
@@ -52,8 +52,7 @@ def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
     x, theta_node, *neuron, signed = node.args
     assert isinstance(theta_node, Node)
     theta = strip(attribute(gm, str(theta_node.target)).detach().clone())
-    config = facts(gm).config
-    top = ops.CODES[config.code].capacity(config.timesteps, config.levels)
+    top = facts(gm).config.unit
     up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
     Scaler(gm).set_factor(up, per_threshold(top, theta))
     one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)

@@ -1,7 +1,9 @@
-"""FOLDED -> LOWERED: the sequential schedule in closed form, one pass through the graph instead of T.
+"""FOLDED -> LOWERED: the sequential schedule in closed form, or one tick of the synchronous one.
 
+Sequential, one pass through the graph instead of T:
 fire(u, N)  ->  count(u)            (static thresholds: u is in count units)
 fire(x, theta)  ->  count(x * (N / theta)) * (theta / N)   (dynamic thresholds)
+Synchronous: the step graph of fasfx.step, called once per tick.
 Dropout goes: a lowered program is for inference.
 """
 
@@ -13,26 +15,37 @@ from torch.fx import GraphModule, Node
 from fasfx import ops
 from fasfx.program import constants, facts, insert
 from fasfx.runner import Pass
+from fasfx.step import make_step_graph
 
 aten = torch.ops.aten
 
 
 class Lower(Pass):
-    """Neurons become their closed form; exact, because every neuron of a sequential network sees constant input."""
+    """Neurons become what runs: their closed form, exact because a sequential network's neurons see constant input,
+    or one tick with explicit state.
+    """
 
     name, takes, gives = "lower", "FOLDED", "LOWERED"
 
     def rewrite(self, gm: GraphModule) -> bool:
         """Replace every neuron; remove dropout."""
-        fixed = constants(gm)
-        for node in gm.graph.find_nodes(op="call_function", target=ops.fire.op):
-            unit = node.args[1] in fixed
-            node.replace_all_uses_with(_unit_count(gm, node) if unit else _scaled_count(gm, node))
-            gm.graph.erase_node(node)
         for node in gm.graph.find_nodes(op="call_function", target=aten.dropout.default):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
+        if facts(gm).config.schedule == "synchronous":
+            make_step_graph(gm)
+        else:
+            close(gm)
         return True
+
+
+def close(gm: GraphModule) -> None:
+    """Replace every neuron by its closed form."""
+    fixed = constants(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=ops.fire.op):
+        unit = node.args[1] in fixed
+        node.replace_all_uses_with(_unit_count(gm, node) if unit else _scaled_count(gm, node))
+        gm.graph.erase_node(node)
 
 
 def _unit_count(gm: GraphModule, node: Node) -> Node:
@@ -41,8 +54,7 @@ def _unit_count(gm: GraphModule, node: Node) -> Node:
 
 def _scaled_count(gm: GraphModule, node: Node) -> Node:
     x, theta, code, steps, levels, signed = node.args
-    top = ops.CODES[str(code)].capacity(facts(gm).config.timesteps, facts(gm).config.levels)
-    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(top))
+    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit))
     u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
     count = insert(gm, node, node, ops.count.op, u, code, steps, levels, signed)
     return insert(gm, node, node, aten.mul.Tensor, count, per_unit)

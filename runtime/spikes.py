@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx import ops
-from fasfx.program import arg
+from fasfx.program import arg, facts
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SpikeTrain:
 
 
 class SpikeRecorder(Interpreter):
-    """Runs a lowered program and keeps the spike train of every site.
+    """Runs a lowered program, or a step graph tick by tick, and keeps the spikes of every site.
 
     thresholds: theta of the sites whose threshold is static; the others' is read from the run.
     """
@@ -53,22 +53,38 @@ class SpikeRecorder(Interpreter):
     def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
         super().__init__(gm)
         self._thresholds = thresholds
-        self.trains: dict[str, SpikeTrain] = {}
+        self._events: dict[str, list[Tensor]] = {}
+        self._scales: dict[str, Tensor] = {}  # theta of one value, by site
+
+    @property
+    def trains(self) -> dict[str, SpikeTrain]:
+        """Site name -> the spikes sent in all runs so far."""
+        config = facts(self.module).config  # type: ignore[arg-type]
+        found = {}
+        for site, parts in self._events.items():
+            events = torch.cat(parts)
+            capacity = ops.CODES[config.code].capacity(len(events), config.levels)
+            found[site] = SpikeTrain(events, self._scales[site] / capacity, config.code, config.levels)
+        return found
 
     def run_node(self, n: Node) -> Any:
-        """Note the spikes of a neuron, then run it."""
-        if n.target is ops.count.op:
-            self._record(n)
-        return super().run_node(n)
+        """Note the spikes of a neuron, running it."""
+        result = super().run_node(n)
+        if n.target in (ops.count.op, ops.tick.op):
+            self._record(n, result)
+        return result
 
-    def _record(self, node: Node) -> None:
+    def _record(self, node: Node, result: Tensor) -> None:
         arguments: Any = self.map_nodes_to_values(node.args, node)
-        u, code, steps, levels, signed = arguments
-        row, site = ops.CODES[code], str(node.meta["site"])
-        events = row.spikes(u, steps, levels, signed)
+        site = str(node.meta["site"])
+        if node.target is ops.count.op:
+            u, code, steps, levels, signed = arguments
+            events = ops.CODES[code].spikes(u, steps, levels, signed)
+        else:
+            u, sent, _, code, levels, _ = arguments
+            events = ops.tick.ticking(code).event(result - sent, levels).unsqueeze(0)
+        self._events.setdefault(site, []).append(events)
         theta = self._thresholds.get(site)
-        if theta is not None:
-            scale = theta.to(u) / row.capacity(steps, levels)
-        else:  # u = x / (theta / N), with theta the row's own maximum
-            scale = self.env[arg(arg(node, 0), 1)]
-        self.trains[site] = SpikeTrain(events, scale, code, levels)
+        if theta is None:  # u = x / (theta / unit), with theta the row's own maximum
+            theta = self.env[arg(arg(node, 0), 1)] * facts(self.module).config.unit  # type: ignore[arg-type]
+        self._scales[site] = theta.to(u)

@@ -224,7 +224,7 @@ def test_radix_beyond_exact_counts() -> None:
         fasfx.SpikeConfig(code="radix", timesteps=25)
 
 
-@pytest.mark.parametrize("preset", ["fas", "low_latency", "integer"])
+@pytest.mark.parametrize("preset", ["fas", "integer"])
 def test_what_this_version_lacks_is_said_before_any_work(preset: str) -> None:
     config = getattr(fasfx.SpikeConfig, preset)()
     with pytest.raises(ConfigError, match="is not available in this version of fasfx: use"):

@@ -13,7 +13,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 import fasfx
 from fasfx.capture import dynamic_shapes
-from fasfx.equivalence import Difference, main_output
+from fasfx.difference import Difference, main_output
 from fasfx.errors import ConfigError
 from fasfx.runtime.rules import for_runtime
 from fasfx.tools.bench.models import tiny, tiny_inputs

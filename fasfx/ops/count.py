@@ -10,8 +10,9 @@ from onnxscript.function_libs.torch_lib.registration import torch_op
 from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
-from fasfx.ops.codes import CODES, needs_double
+from fasfx.ops.codes import CODES
 from fasfx.ops.library import LIBRARY, straight_through
+from fasfx.ops.precision import needs_double
 
 LIBRARY.define("count(Tensor u, str code, int steps, int levels, bool signed) -> Tensor")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fasfx.equivalence import main_output, output_mask
+from fasfx.difference import main_output, output_mask
 from fasfx.errors import MissingDataError
 from fasfx.tools.bench import data, metrics, models, timing
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch.nn import functional
 
-from fasfx.equivalence import Difference, main_output, output_mask
+from fasfx.difference import Difference, main_output, output_mask
 from fasfx.tools.bench.data import Batch
 
 Model = Callable[..., Any]

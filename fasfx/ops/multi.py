@@ -1,0 +1,106 @@
+"""Multi code: multi-threshold neuron; each step sends the signed power of two nearest to what is unsent."""
+
+import torch
+from torch import Tensor
+
+from fasfx.ops.precision import working
+
+
+def capacity(steps: int, levels: int) -> int:
+    """N: the largest spike, in units of the smallest."""
+    return int(2 ** (levels - 1))
+
+
+def spikes(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
+    """Thresholds 1/2, 3/2, 3, 6, ... part silence, 1, 2, 4, 8, ...: one comparison ladder per step.
+
+    An event is +-(i + 1) with i the level, whose spike weighs theta * 2^-i, that is 2^(levels - 1 - i) counts.
+    """
+    top = capacity(steps, levels)
+    u = working(u, top).clamp(-top if signed else 0, top)
+    ladder = torch.tensor([0.5] + [1.5 * 2.0**k for k in range(levels - 1)], dtype=u.dtype, device=u.device)
+    sent = torch.zeros_like(u)
+    events = []
+    for _ in range(steps):
+        unsent = (u - sent).contiguous()
+        up = torch.bucketize(unsent, ladder, right=True)
+        down = torch.bucketize(-unsent, ladder)
+        rank = up + down  # 0 is silence, k sends 2^(k - 1) counts
+        sign = (up > 0).to(torch.int8) - (down > 0).to(torch.int8)
+        sent = sent + sign * torch.where(rank > 0, 2.0 ** (rank - 1), 0.0).to(u.dtype)
+        events.append(torch.where(rank > 0, levels + 1 - rank, 0).to(torch.int8) * sign)
+    return torch.stack(events)
+
+
+def decode(events: Tensor, levels: int) -> Tensor:
+    """The sum of the spikes' weights, int32."""
+    size = torch.where(events == 0, 0, 2 ** (levels - events.abs().to(torch.int32)))
+    return (size * events.sign()).sum(0, dtype=torch.int32)
+
+
+def count(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
+    """The same spikes without a ladder.
+
+    Comparisons with the ladder only need the half of a count that u lies in, so u is replaced by the middle of
+    that half: r = floor(2u) + 1/2, in half counts, never a tie. r = +-1/2 means silence; it is sent here as +-1/2
+    and the last floor takes it away.
+    """
+    top = capacity(steps, levels)
+    halves = _wide(u, top).mul(2).clamp_(-2 * top if signed else 0, 2 * top).floor_()
+    unsent, spike = halves.add(0.5), torch.empty_like(halves)
+    for _ in range(steps):
+        unsent.sub_(_nearest_power(spike.copy_(unsent)))
+    return halves.sub_(unsent).mul_(0.5).add_(0.75).floor_().to(u.dtype)
+
+
+_BITS = {torch.float32: (torch.int32, 23), torch.float64: (torch.int64, 52)}  # dtype: same width, mantissa
+
+
+def _wide(u: Tensor, top: int) -> Tensor:
+    """u in float32 or, where half counts up to `top` need it, in float64."""
+    wide = working(u, top)
+    return wide if wide.dtype in _BITS else wide.float()
+
+
+def _nearest_power(r: Tensor) -> Tensor:
+    """Replace r, a whole number and a half, by the signed power of two nearest to it: sign and exponent of r * 4/3.
+
+    3 * 2^k divides 2^(k+1) from 2^(k+2); no r but +-3/2, which goes to +-2, is that close to a division that
+    rounding matters. Backends that cannot see a float's bits round r to one significant bit by Veltkamp's splitting,
+    c - (c - r) with c = (2^p + 1) r and p the mantissa's bits: three exact operations.
+    """
+    integer, mantissa = _BITS[r.dtype]
+    r.mul_(4 / 3).view(integer).bitwise_and_(-1 << mantissa)
+    return r
+
+
+# --- one tick of a running estimate, in half counts ------------------------------------------------------------
+
+
+def unit(levels: int) -> int:
+    """The threshold in a step graph, in half counts: what has been sent is always even."""
+    return int(2**levels)
+
+
+def tick(u: Tensor, sent: Tensor, _: Tensor, levels: int, signed: bool) -> Tensor:
+    """What has been sent after one more spike: the signed power of two nearest to u - sent, or none.
+
+    In half counts, floor(u - sent) + 1/2 is never a tie, as in `count`; +-1/2 means silence, and rounding to even
+    takes it away. The spike weighs at most the threshold, also when u jumps from one end of the range to the other.
+    """
+    top = unit(levels)
+    inside = _wide(u, top).clamp(-top if signed else 0, top)
+    unsent = inside.sub_(sent).clamp_(-top, top).floor_().add_(0.5)
+    return _nearest_power(unsent).add_(sent).round_().to(u.dtype)
+
+
+def reach(u: Tensor, sent: Tensor, _: Tensor, levels: int, signed: bool) -> Tensor:
+    """What tick would send without rounding, for its gradient."""
+    top = unit(levels)
+    return (u.clamp(-top if signed else 0, top) - sent).clamp(-top, top)
+
+
+def event(spike: Tensor, levels: int) -> Tensor:
+    """+-(i + 1) with i the level, from a spike of 2^(levels - i) half counts; 0 for silence."""
+    level = levels + 1 - spike.abs().clamp(min=1).log2().round()
+    return torch.where(spike == 0, 0, level * spike.sign()).to(torch.int8)

@@ -1,0 +1,125 @@
+"""The step graph: one tick of the synchronous schedule, with explicit state.
+
+forward(*inputs, tick, *states) -> (output leaves, states): a state is what one neuron has sent so far; `tick` is the
+number of this tick, from 1 on. Everything between neurons is applied to running estimates, as it stands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.graph import CodeGen
+
+from fasfx import ops
+from fasfx.errors import ConfigError
+from fasfx.program import State, arg, constants, describe, facts, fake, fake_mode, insert
+from fasfx.synapses import carried_values
+
+aten = torch.ops.aten
+_PICKING: dict[Any, int] = {  # rows move by an index; which argument is that
+    aten.index.Tensor: 1,
+    aten.index_select.default: 2,
+    aten.gather.default: 2,
+    aten.scatter.src: 2,
+    aten.scatter_add.default: 2,
+    aten.index_add.default: 2,
+    aten.index_copy.default: 2,
+    aten.index_put.default: 1,
+    aten.masked_select.default: 1,
+}
+_SORTING = {aten.sort.default, aten.sort.stable, aten.topk.default, aten.unique_consecutive.default}
+
+
+def make_step_graph(gm: GraphModule) -> None:
+    """Turn a folded program into its step graph. Raises ConfigError for a site whose rows do not keep their place."""
+    neurons = gm.graph.find_nodes(op="call_function", target=ops.fire.op)
+    _require_still(gm, neurons)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    tick = _input(gm, inputs[-1], "tick", _number(gm))
+    last, states = tick, {}
+    for node in neurons:
+        last = states[node] = _input(gm, last, f"sent_{node.meta['site']}", fake(node))
+    fixed, sent = constants(gm), []
+    for node, state in states.items():
+        sent.append(_tick(gm, node, state, tick, node.args[1] in fixed))
+        gm.graph.erase_node(node)
+    facts(gm).tick = str(tick.target)
+    facts(gm).states = [State(node.meta["site"], str(state.target)) for node, state in states.items()]
+    output = gm.graph.output_node()
+    facts(gm).outputs = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    output.args = ((tuple(arg(output, 0)), tuple(sent)),)
+    gm.graph.set_codegen(CodeGen())
+
+
+def _tick(gm: GraphModule, node: Node, state: Node, tick: Node, unit: bool) -> Node:
+    """fire -> tick; readers get the running estimate. Returns what has been sent, the next state."""
+    x, theta, code, _, levels, signed = node.args
+    per_unit, u = None, x
+    if not unit:  # a dynamic threshold: x in units of it, and back
+        per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit))
+        u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
+    sent = value = insert(gm, node, node, ops.tick.op, u, state, tick, code, levels, signed)
+    if ops.tick.ticking(str(code)).averages:
+        value = insert(gm, node, node, aten.div.Tensor, sent, tick)
+    if per_unit is not None:
+        value = insert(gm, node, node, aten.mul.Tensor, value, per_unit)
+    node.replace_all_uses_with(value)
+    return sent
+
+
+def _input(gm: GraphModule, after: Node, name: str, value: Tensor | None) -> Node:
+    """A new input of the graph, under a name that no other has."""
+    taken = {str(node.target) for node in gm.graph.find_nodes(op="placeholder")}
+    while name in taken:
+        name += "_"
+    with gm.graph.inserting_after(after):
+        node = gm.graph.placeholder(name)
+    node.meta["val"] = value
+    return node
+
+
+def _number(gm: GraphModule) -> Tensor:
+    with fake_mode(gm.graph):
+        return torch.ones((), dtype=torch.int64)
+
+
+def _require_still(gm: GraphModule, neurons: list[Node]) -> None:
+    """A state belongs to a place: refuse sites behind an order that values decide, as in MoE routing."""
+    moved = _moved(gm)
+    for node in neurons:
+        value = fake(node)
+        assert value is not None
+        origin = moved.get(node)
+        if origin is not None or any(free_unbacked_symbols(size) for size in value.shape):
+            raise ConfigError(
+                'schedule="synchronous" needs rows that keep their place from tick to tick; those of site '
+                f"{node.meta['site']} are placed by values, at {describe(origin or node)}\n    "
+                'use schedule="sequential", or skip the module'
+            )
+
+
+def _moved(gm: GraphModule) -> dict[Node, Node]:
+    """Values whose rows are placed by other values -> the operator that does it."""
+    values, decided, moved = carried_values(gm), set[Node](), dict[Node, Node]()
+    for node in gm.graph.nodes:
+        origin = next((moved[n] for n in node.all_input_nodes if n in moved), None)
+        index = _index_nodes(node)
+        if origin is None and (node.target in _SORTING and arg(node, 0) in values or any(n in decided for n in index)):
+            origin = node
+        if origin is not None:
+            moved[node] = origin
+        elif any(n in decided or n in values for n in node.all_input_nodes) and node not in values:
+            decided.add(node)  # an integer or a truth computed from values
+    return moved
+
+
+def _index_nodes(node: Node) -> list[Node]:
+    position = _PICKING.get(node.target)
+    if position is None:
+        return []
+    found: Any = node.args[position]
+    return [n for n in (found if isinstance(found, list | tuple) else [found]) if isinstance(n, Node)]

@@ -1,0 +1,147 @@
+"""The synchronous schedule in torch: a step graph, called once per tick, and the state it hands on."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from fasfx.difference import Difference, main_output
+from fasfx.errors import ConfigError
+from fasfx.program import facts, fake
+
+_FUNCTIONS = {"FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "Mod": operator.mod, "Max": max, "Min": min}
+
+
+@dataclass(frozen=True)
+class NetworkState:
+    """What every neuron has sent, and how many ticks are done.
+
+    sent: site -> integers, shape of the site's value, in the unit of `fasfx::tick`.
+    """
+
+    sent: dict[str, Tensor]
+    ticks: int = 0
+
+    def reset(self) -> NetworkState:
+        """The state before the first tick, for inputs of the same shapes."""
+        return NetworkState({site: torch.zeros_like(value) for site, value in self.sent.items()})
+
+    def clone(self) -> NetworkState:
+        """A copy with tensors of its own."""
+        return NetworkState({site: value.clone() for site, value in self.sent.items()}, self.ticks)
+
+    def detach(self) -> NetworkState:
+        """The same values without their history: truncates the gradient through time."""
+        return NetworkState({site: value.detach() for site, value in self.sent.items()}, self.ticks)
+
+    def to(self, *args: Any, **kwargs: Any) -> NetworkState:
+        """On another device or in another dtype; arguments as of Tensor.to."""
+        return NetworkState({site: value.to(*args, **kwargs) for site, value in self.sent.items()}, self.ticks)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the state in bytes."""
+        return sum(value.nbytes for value in self.sent.values())
+
+    def __repr__(self) -> str:
+        return f"NetworkState({len(self.sent)} sites, {self.nbytes:,} bytes, after tick {self.ticks})"
+
+
+class Settled(NamedTuple):
+    """The output of the last tick run, how many were run, its relative L2 change then, and whether that was enough."""
+
+    output: Any
+    ticks: int
+    change: float
+    settled: bool
+
+
+def settle(outputs: Iterator[Any], tolerance: float) -> Settled:
+    """Take running outputs until the main one changes by at most `tolerance`, or they end."""
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance={tolerance!r}: must be a positive number")
+    output, change, ticks = next(outputs), math.inf, 1
+    for after in outputs:
+        difference = Difference()
+        difference.add(main_output(after), main_output(output))
+        output, change, ticks = after, difference.relative_l2, ticks + 1
+        if change <= tolerance:
+            break
+    return Settled(output, ticks, change, change <= tolerance)
+
+
+class StepGraph:
+    """Runs a program lowered for the synchronous schedule. Holds no state: any number of calls may be under way."""
+
+    def __init__(self, program: GraphModule) -> None:
+        self.program = program
+        self._states = facts(program).states
+
+    def state(self, inputs: Sequence[Tensor]) -> NetworkState:
+        """The state before the first tick for inputs of these shapes, on their device."""
+        shapes = self._shapes(*(size for value in inputs for size in value.shape))
+        zeros = [
+            torch.zeros(shape, dtype=value.dtype, device=inputs[0].device)
+            for shape, value in zip(shapes, self._values, strict=True)
+        ]
+        return NetworkState({state.site: zero for state, zero in zip(self._states, zeros, strict=True)})
+
+    def step(self, inputs: Sequence[Tensor], state: NetworkState, recompute: bool = False) -> tuple[Any, NetworkState]:
+        """One tick: the running output, shapes as the model's own, and the state after it; neither argument changes.
+
+        recompute: keep no activations for the gradient, compute them again when it is asked for.
+        """
+        tick = torch.tensor(state.ticks + 1, device=inputs[0].device)
+        given = (*inputs, tick, *state.sent.values())
+        if recompute and torch.is_grad_enabled():
+            leaves, sent = checkpoint(self.program, *given, use_reentrant=False)
+        else:
+            leaves, sent = self.program(*given)
+        output = self.output(leaves)
+        return output, NetworkState(dict(zip(state.sent, sent, strict=True)), state.ticks + 1)
+
+    def output(self, leaves: Sequence[Any]) -> Any:
+        """The model's own output type from its leaves."""
+        spec = facts(self.program).outputs
+        assert spec is not None
+        return tree_unflatten(leaves, spec)
+
+    def ticks(self, inputs: Sequence[Tensor], steps: int, recompute: bool = False) -> Iterator[Any]:
+        """The running outputs of `steps` ticks from a fresh state."""
+        state = self.state(inputs)
+        for _ in range(steps):
+            output, state = self.step(inputs, state, recompute)
+            yield output
+
+    # --- shapes --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _values(self) -> list[Tensor]:
+        nodes = {str(n.target): n for n in self.program.graph.find_nodes(op="placeholder")}
+        found = [fake(nodes[state.name]) for state in self._states]
+        return [value for value in found if value is not None]
+
+    @cached_property
+    def _shapes(self) -> Any:
+        """Sizes of all inputs in a row -> shapes of all states; from the symbolic shapes of the graph."""
+        own = {state.name for state in self._states} | {facts(self.program).tick}
+        inputs = [n for n in self.program.graph.find_nodes(op="placeholder") if str(n.target) not in own]
+        sizes = [_expression(s) for n in inputs if (v := fake(n)) is not None for s in v.shape]
+        symbols = [s if s.is_Symbol and s not in sizes[:i] else sympy.Dummy() for i, s in enumerate(sizes)]
+        shapes = [tuple(_expression(s) for s in value.shape) for value in self._values]
+        return sympy.lambdify(symbols, shapes, modules=[_FUNCTIONS, "math"])
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
