@@ -233,14 +233,16 @@ class SpikingModel(nn.Module):
 
         return load(Path(folder))
 
-    def to_onnx(self, folder: str | Path, opset_version: int = 18) -> None:
+    def to_onnx(self, folder: str | Path, opset_version: int = 18, form: str | None = None) -> None:
         """Export for ONNX Runtime with dynamic batch and length, in the layout of transformers' ExportedModel.
 
         Opset 18 is the newest whose control and comparison operators all have CUDA kernels in ONNX Runtime.
+        form: for a synchronous network "loop" (the default), all ticks in one call, T an input with the network's own
+        as default; or "step", one tick with the states as inputs and outputs, for hosts that stream.
         """
-        from fasfx.runtime.onnx import export
+        from fasfx.runtime.export import export
 
-        export(self, Path(folder), opset_version)
+        export(self, Path(folder), opset_version, form)
 
 
 def _freeze(gm: GraphModule) -> None:

@@ -1,82 +1,24 @@
-"""ONNX: export through transformers' OnnxExporter, and running the result in ONNX Runtime."""
+"""An exported spiking network in ONNX Runtime."""
 
 from __future__ import annotations
 
-import warnings
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import sympy
 import torch
 from torch import Tensor
 
-from fasfx.capture import dynamic_shapes
 from fasfx.errors import CheckpointError, ConfigError, InputError, RuntimeUnavailableError
-from fasfx.program import fake
-from fasfx.runtime.rules import for_runtime
-from fasfx.writing import written_beside
+from fasfx.runtime.export import MANIFEST
+from fasfx.runtime.loop import STATES, TIMESTEPS
+from fasfx.runtime.ticks import shape_function
 
 if TYPE_CHECKING:
     import onnxruntime
-
-    from fasfx.model import SpikingModel
-
-MANIFEST = "export.json"
-OPSETS = range(18, 24)  # torch's exporter writes 18 and converts upwards; other numbers it ignores
-
-
-def export(model: SpikingModel, folder: Path, opset_version: int = 18) -> None:
-    """Write model.onnx, its weights and manifest to a folder. Dynamic batch and length.
-
-    Raises CheckpointError if the folder cannot be written.
-    """
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
-
-    if opset_version not in OPSETS:
-        raise ConfigError(f"opset {opset_version} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
-    inputs = example_inputs(model)
-    config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model, inputs), opset_version=opset_version)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs
-        exported = OnnxExporter().export(_Plain(model), inputs, config)
-    for component in exported.components.values():
-        component.program = for_runtime(component.program)
-    exported.config = model.config
-    with written_beside(folder) as staging:
-        exported.save_pretrained(staging)
-
-
-class _Plain(torch.nn.Module):
-    """The lowered program with a forward that takes exactly its inputs by name."""
-
-    def __init__(self, model: SpikingModel) -> None:
-        super().__init__()
-        self.program = model.graph_module
-
-    def forward(self, **inputs: Tensor) -> Any:
-        return self.program(**inputs)
-
-
-def example_inputs(model: SpikingModel) -> dict[str, Tensor]:
-    """Small inputs of the right names, dtypes and static sizes to trace with; dynamic dims get sizes from 2 on."""
-    sizes: dict[str, int] = {}
-    found: dict[str, Tensor] = {}
-    for node in model.graph_module.graph.find_nodes(op="placeholder"):
-        value = fake(node)
-        assert value is not None
-        shape = [s if isinstance(s, int) else sizes.setdefault(str(s), 2 + 3 * len(sizes)) for s in value.shape]
-        found[str(node.target)] = torch.ones(shape, dtype=value.dtype)
-    return found
-
-
-def _shapes(model: SpikingModel, inputs: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
-    """Dynamic shapes as captured: dims that torch.export found to be fixed stay fixed."""
-    shapes = dynamic_shapes(inputs)
-    for node in model.graph_module.graph.find_nodes(op="placeholder"):
-        value = fake(node)
-        assert value is not None
-        kept = {d: torch.export.Dim.AUTO for d in shapes[str(node.target)] if not isinstance(value.shape[d], int)}
-        shapes[str(node.target)] = kept
-    return shapes
 
 
 class OnnxModel:
@@ -107,20 +49,95 @@ class OnnxModel:
             self.exported = ExportedModel.from_pretrained(folder, device=device or "cpu", session_options=options)
         except Exception as error:
             raise CheckpointError(f"the export in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        written = self.session.get_modelmeta().custom_metadata_map.get(STATES)
+        self._states: dict[str, Any] | None = json.loads(written) if written else None
+        if self._states is not None:
+            known = {name: [sympy.sympify(size) for size in shape] for name, shape in self._states["inputs"].items()}
+            shapes = [tuple(sympy.sympify(size) for size in shape) for shape in self._states["states"].values()]
+            self._shapes = shape_function([size for shape in known.values() for size in shape], shapes)
 
-    def __call__(self, **inputs: Any) -> Any:
-        """The model's own outputs for its own inputs, torch tensors in and out. Raises InputError."""
-        names = list(self.exported.components["model"].metadata.kwargs)
+    def __call__(self, timesteps: int | None = None, **inputs: Any) -> Any:
+        """The model's own outputs for its own inputs, torch tensors in and out.
+
+        timesteps: T of an export in loop form; None: the one it was exported with.
+        Raises InputError for inputs, ConfigError for a T that this export does not take.
+        """
+        if self._states is not None:
+            output = None
+            for output in self.ticks(timesteps, **inputs):
+                pass
+            return output
+        given = self._checked(inputs)
+        if timesteps is None:
+            return _refused(lambda: self.exported(**given))
+        if TIMESTEPS not in {value.name for value in self.session.get_overridable_initializers()}:
+            raise ConfigError("this export has a fixed T: only a synchronous network's takes timesteps")
+        feeds = {name: value.numpy(force=True) for name, value in given.items()}
+        feeds[TIMESTEPS] = np.array(_positive(timesteps), np.int64)
+        leaves = _refused(lambda: self.session.run(None, feeds))
+        return self.exported.runners["model"].unflatten([torch.from_numpy(leaf) for leaf in leaves])
+
+    def ticks(self, timesteps: int | None = None, **inputs: Any) -> Iterator[Any]:
+        """The running outputs of an export in step form, one per tick; the states stay in ONNX Runtime's memory.
+
+        Raises ConfigError for an export in another form.
+        """
+        if self._states is None:
+            raise ConfigError('this export is not in step form: make one with to_onnx(folder, form="step")')
+        return self._ticks(self._states, self._checked(inputs), _positive(timesteps or self._states["timesteps"]))
+
+    def _ticks(self, states: dict[str, Any], inputs: dict[str, Tensor], steps: int) -> Iterator[Any]:
+        import onnxruntime as ort
+
+        given = [value.numpy(force=True) for value in inputs.values()]
+        binding = self.session.io_binding()
+        for name, value in zip(inputs, given, strict=True):
+            binding.bind_cpu_input(name, value)
+        kinds = {value.name: value.type for value in self.session.get_inputs()}
+        shapes = self._shapes(*(size for name in states["inputs"] for size in inputs[name].shape))
+        for (name, _), shape in zip(states["states"].items(), shapes, strict=True):
+            zeros = np.zeros(shape, _NUMPY[kinds[name]])
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(zeros))
+        count = len(states["states"])
+        for tick in range(1, steps + 1):
+            if states["tick"] in kinds:
+                binding.bind_cpu_input(states["tick"], np.array(tick, np.int64))
+            for value in self.session.get_outputs():
+                binding.bind_output(value.name)
+            _refused(lambda: self.session.run_with_iobinding(binding))
+            results = binding.get_outputs()
+            leaves = [torch.from_numpy(value.numpy()) for value in results[:-count]]
+            for name, value in zip(states["states"], results[-count:], strict=True):
+                binding.bind_ortvalue_input(name, value)
+            output, _ = self.exported.runners["model"].unflatten([*leaves, *([torch.empty(0)] * count)])
+            yield output
+
+    def _checked(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        names = list(self._states["inputs"] if self._states else self.exported.components["model"].metadata.kwargs)
         if missing := [name for name in names if not isinstance(inputs.get(name), Tensor)]:
             raise InputError(f"missing input {', '.join(missing)}: the model takes {', '.join(names)}")
         if unknown := sorted(k for k, v in inputs.items() if k not in names and isinstance(v, Tensor)):
             raise InputError(f"unknown input {', '.join(unknown)}: the model takes {', '.join(names)}")
-        try:
-            return self.exported(**{name: inputs[name] for name in names})
-        except Exception as error:
-            raise InputError(f"ONNX Runtime refuses these inputs: {str(error).splitlines()[0]}") from error
+        return {name: inputs[name] for name in names}
 
     @property
     def session(self) -> onnxruntime.InferenceSession:
         """The ONNX Runtime session."""
         return self.exported.runners["model"].session
+
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+
+
+def _positive(steps: int) -> int:
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"timesteps={steps!r}: must be a whole number of at least 1")
+    return steps
+
+
+def _refused(run: Callable[[], Any]) -> Any:
+    """What ONNX Runtime says no to is an InputError."""
+    try:
+        return run()
+    except Exception as error:
+        raise InputError(f"ONNX Runtime refuses these inputs: {str(error).splitlines()[0]}") from error

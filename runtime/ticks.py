@@ -134,14 +134,18 @@ class StepGraph:
 
     @cached_property
     def _shapes(self) -> Any:
-        """Sizes of all inputs in a row -> shapes of all states; from the symbolic shapes of the graph."""
         own = {state.name for state in self._states} | {facts(self.program).tick}
         inputs = [n for n in self.program.graph.find_nodes(op="placeholder") if str(n.target) not in own]
-        sizes = [_expression(s) for n in inputs if (v := fake(n)) is not None for s in v.shape]
-        symbols = [s if s.is_Symbol and s not in sizes[:i] else sympy.Dummy() for i, s in enumerate(sizes)]
-        shapes = [tuple(_expression(s) for s in value.shape) for value in self._values]
-        return sympy.lambdify(symbols, shapes, modules=[_FUNCTIONS, "math"])
+        sizes = [expression(s) for n in inputs if (v := fake(n)) is not None for s in v.shape]
+        return shape_function(sizes, [tuple(expression(s) for s in value.shape) for value in self._values])
 
 
-def _expression(size: Any) -> sympy.Expr:
+def shape_function(sizes: Sequence[sympy.Expr], shapes: Sequence[tuple[sympy.Expr, ...]]) -> Any:
+    """A function from the sizes of all inputs, in a row, to shapes given as expressions in their symbols."""
+    symbols = [s if s.is_Symbol and s not in sizes[:i] else sympy.Dummy() for i, s in enumerate(sizes)]
+    return sympy.lambdify(symbols, list(shapes), modules=[_FUNCTIONS, "math"])
+
+
+def expression(size: Any) -> sympy.Expr:
+    """A size of a symbolic shape for sympy."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

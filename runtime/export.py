@@ -1,0 +1,114 @@
+"""ONNX export through transformers' OnnxExporter."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fasfx.errors import ConfigError
+from fasfx.program import facts, fake
+from fasfx.runtime.loop import describe_states, name_states, wrap_in_loop
+from fasfx.runtime.rules import for_runtime
+from fasfx.runtime.ticks import StepGraph
+from fasfx.writing import written_beside
+
+if TYPE_CHECKING:
+    from fasfx.model import SpikingModel
+
+MANIFEST = "export.json"
+OPSETS = range(18, 24)  # torch's exporter writes 18 and converts upwards; other numbers it ignores
+FORMS = {"sequential": ("closed",), "synchronous": ("loop", "step")}  # the first is the default
+
+
+def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str | None = None) -> None:
+    """Write model.onnx, its weights and manifest to a folder. Dynamic batch and length.
+
+    Raises CheckpointError if the folder cannot be written, ConfigError for an opset or form that cannot be.
+    """
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    forms = FORMS[model.schedule]
+    form = form or forms[0]
+    if form not in forms:
+        raise ConfigError(f"form={form!r}: a {model.schedule} network is exported as {' or '.join(forms)}")
+    if opset_version not in OPSETS:
+        raise ConfigError(f"opset {opset_version} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
+    inputs = example_inputs(model)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model, inputs), opset_version=opset_version)
+    module = _Closed(model) if form == "closed" else _Step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs
+        exported = OnnxExporter().export(module, inputs, config)
+    (component,) = exported.components.values()
+    component.program = for_runtime(component.program)
+    if form != "closed":
+        name_states(component.program, facts(model.graph_module))
+    if form == "loop":
+        wrap_in_loop(component, facts(model.graph_module))
+    if form == "step":
+        describe_states(component.program, model.graph_module)
+    exported.config = model.config
+    with written_beside(folder) as staging:
+        exported.save_pretrained(staging)
+
+
+class _Closed(torch.nn.Module):
+    """The lowered program with a forward that takes exactly its inputs by name."""
+
+    def __init__(self, model: SpikingModel) -> None:
+        super().__init__()
+        self.program = model.graph_module
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.program(**inputs)
+
+
+class _Step(torch.nn.Module):
+    """The step graph, likewise: the running output in the model's own type, and the next states."""
+
+    def __init__(self, model: SpikingModel) -> None:
+        super().__init__()
+        self.program = model.graph_module
+
+    def forward(self, **inputs: Tensor) -> Any:
+        leaves, sent = self.program(**inputs)
+        return StepGraph(self.program).output(leaves), sent
+
+
+def example_inputs(model: SpikingModel) -> dict[str, Tensor]:
+    """Small inputs of the right names, dtypes and static sizes to trace with; dynamic dims get sizes from 2 on."""
+    sizes: dict[str, int] = {}
+    found: dict[str, Tensor] = {}
+    for node in _placeholders(model):
+        value = fake(node)
+        assert value is not None
+        if str(node.target) not in model.input_names:  # the tick and the states: their sizes follow the inputs'
+            break
+        shape = [s if isinstance(s, int) else sizes.setdefault(str(s), 2 + 3 * len(sizes)) for s in value.shape]
+        found[str(node.target)] = torch.ones(shape, dtype=value.dtype)
+    if model.schedule == "synchronous":
+        program = facts(model.graph_module)
+        state = StepGraph(model.graph_module).state([*found.values()])
+        found[program.tick] = torch.tensor(1)
+        found |= zip((s.name for s in program.states), state.sent.values(), strict=True)
+    return found
+
+
+def _placeholders(model: SpikingModel) -> list[Node]:
+    return list(model.graph_module.graph.find_nodes(op="placeholder"))
+
+
+def _shapes(model: SpikingModel, inputs: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """Dynamic shapes as captured: dims that torch.export found to be fixed stay fixed."""
+    shapes: dict[str, dict[int, Any]] = {}
+    for node in _placeholders(model):
+        value = fake(node)
+        assert value is not None
+        dynamic = [dim for dim, size in enumerate(value.shape) if not isinstance(size, int)]
+        shapes[str(node.target)] = dict.fromkeys(dynamic, torch.export.Dim.AUTO)
+    return shapes
