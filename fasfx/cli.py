@@ -51,21 +51,29 @@ Calibration = Annotated[Path | None, typer.Option(help=f"Texts to calibrate on: 
 Timesteps = Annotated[int | None, typer.Option(help="T, spikes a neuron may send per value.")]
 Preset = Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")]
 Code = Annotated[str | None, typer.Option(help="Spike code: multi, radix, rate.")]
+Schedule = Annotated[str | None, typer.Option(help="sequential, or synchronous: all layers tick together.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail unless every multiply-accumulate is spike-driven.")]
 Data = Annotated[Path | None, typer.Option(help=f"Texts to measure on: {TEXTS}.")]
 Steps = Annotated[str, typer.Option(help="Values of T, separated by commas.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw error against T to this file.")]
+Tolerance = Annotated[float, typer.Option(help="Relative error whose latency is told.")]
+Raster = Annotated[Path | None, typer.Option(help="Also draw the spikes of some neurons to this file.")]
 Onnx = Annotated[Path, typer.Option(help="Folder for model.onnx and what belongs to it.")]
+Ticks = Annotated[bool, typer.Option("--ticks", help="Watch the answer settle, tick by tick, instead.")]
+Form = Annotated[str | None, typer.Option(help="Of a synchronous network: loop (T is an input) or step.")]
 Opset = Annotated[int, typer.Option(help="ONNX operator set, 18 or newer.")]
 
 
 @app.command()
-def demo() -> None:
+def demo(ticks: Ticks = False) -> None:
     """Convert all-MiniLM-L6-v2, watch its error fall as T grows, search with it in torch and ONNX Runtime."""
     with quiet():
-        from fasfx.demo import run
+        from fasfx.demo import run, watch
 
-        run()
+        if ticks:
+            watch()
+        else:
+            run()
 
 
 @app.command()
@@ -76,6 +84,7 @@ def convert(
     timesteps: Timesteps = None,
     preset: Preset = None,
     code: Code = None,
+    schedule: Schedule = None,
     strict: Strict = False,
 ) -> None:
     """Convert MODEL to a spiking network and save it, with its tokenizer, in a folder."""
@@ -84,7 +93,7 @@ def convert(
         from fasfx.calibration import text_batches, tokenizer_beside
         from fasfx.folders import check_target, read_texts, save
 
-        config = _config(preset, {"timesteps": timesteps, "code": code, "strict": strict or None})
+        config = _config(preset, {"timesteps": timesteps, "code": code, "schedule": schedule, "strict": strict or None})
         texts = read_texts(calibration) if calibration else None
         check_target(out)
         original, tokenizer = _load(model), tokenizer_beside(model)
@@ -98,7 +107,16 @@ def convert(
 
 
 @app.command()
-def check(model: Model, out: Checkpoint, data: Data = None, timesteps: Steps = "1,2,4,8,16", plot: Plot = None) -> None:
+def check(
+    model: Model,
+    out: Checkpoint,
+    data: Data = None,
+    timesteps: Steps = "1,2,4,8,16",
+    schedule: Schedule = None,
+    tolerance: Tolerance = 0.01,
+    plot: Plot = None,
+    raster: Raster = None,
+) -> None:
     """Measure how far the spiking network OUT is from MODEL, for several T."""
     with quiet():
         import fasfx
@@ -107,17 +125,22 @@ def check(model: Model, out: Checkpoint, data: Data = None, timesteps: Steps = "
         steps = _numbers(timesteps)
         texts = read_texts(data) if data else None
         snn = fasfx.SpikingModel.from_pretrained(out)
+        snn.schedule = schedule or snn.schedule
         original = _load(model)
         batches = _evaluation(original, model, texts)
         with progress() as report:
             found = fasfx.check(original, snn, batches, timesteps=steps, progress=report)
-        equivalence(found.table, f"{model} and its spiking network, {snn.spike_config.code} code")
+        equivalence(found.table, f"{model} and its spiking network, {snn.spike_config.code} code, {snn.schedule}")
+        show(_latency(found, tolerance))
         if plot:
-            _plot(found, plot)
+            _draw(found.plot, plot)
+        if raster:
+            trains = snn.spikes(**batches[0])
+            _draw(lambda file: fasfx.runtime.raster(trains, file), raster)
 
 
 @app.command()
-def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18) -> None:
+def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18, form: Form = None) -> None:
     """Export the spiking network OUT to ONNX, with dynamic batch and length."""
     with quiet():
         import fasfx
@@ -126,7 +149,7 @@ def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18) -> None:
         snn = fasfx.SpikingModel.from_pretrained(out)
         check_target(onnx)
         with working("exporting"), silent():
-            snn.to_onnx(onnx, opset_version=opset)
+            snn.to_onnx(onnx, opset_version=opset, form=form)
     show(f"ONNX model in {onnx}; run it with fasfx.runtime.OnnxModel")
 
 
@@ -196,9 +219,17 @@ def _evaluation(model: Any, source: str, texts: list[str] | None) -> list[dict[s
     return text_batches(model, tokenizer, texts or sentences())
 
 
-def _plot(found: Any, file: Path) -> None:
+def _latency(found: Any, tolerance: float) -> str:
+    reached = found.latency(tolerance)
+    if reached is None:
+        return f"no T of these reaches an error of {tolerance:.2%}"
+    steps, schedule = reached["timesteps"], found.config.schedule
+    return f"{tolerance:.2%} is reached with T = {steps}: after {reached['ticks']} ticks ({schedule} schedule)"
+
+
+def _draw(figure: Any, file: Path) -> None:
     try:
-        found.plot(file)
+        figure(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot draw to {file}: {error}; give a .png file in a folder that exists") from error
 

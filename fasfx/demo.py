@@ -12,11 +12,13 @@ from torch import Tensor
 
 import fasfx
 from fasfx.calibration import text_batches
-from fasfx.terminal import equivalence, progress, show, silent, table, working
+from fasfx.difference import Difference, main_output, output_mask
+from fasfx.terminal import animation, equivalence, progress, show, silent, table, working
 from fasfx.tools.bench.models import minilm
 
 TIMESTEPS = (1, 2, 3, 4, 5, 6, 7)
 NUM_FOUND = 2
+SECONDS = 0.6  # a tick is shown for
 QUERIES = (
     "How do I keep vegetables alive in my backyard?",
     "space exploration",
@@ -44,6 +46,35 @@ def run() -> None:
         }
         _search(model, tokenizer, columns)
     _coverage(snn)
+
+
+def watch() -> None:
+    """The synchronous schedule: every layer ticks at once, and the answer settles before your eyes."""
+    model, tokenizer = minilm()
+    show("all-MiniLM-L6-v2, all layers ticking together: what each query finds after every tick.")
+    with progress() as report:
+        snn = fasfx.convert(model, config=fasfx.SpikeConfig.low_latency(timesteps=8), progress=report)
+    sentences = _embed(model, text_batches(model, tokenizer, [*texts()]))
+    (batch,) = text_batches(model, tokenizer, [*QUERIES])
+    with torch.no_grad(), animation(SECONDS) as draw:
+        original = model(**batch)
+        wanted = (_pool(original, batch) @ sentences.T).argmax(-1)
+        for tick, output in enumerate(snn.ticks(**batch), 1):
+            difference = Difference()
+            difference.add(main_output(original), main_output(output), output_mask(batch))
+            scores, found = (_pool(output, batch) @ sentences.T).max(-1)
+            rows = [
+                (
+                    query,
+                    "same" if found[row] == wanted[row] else "other",
+                    f"{scores[row].max():.3f} {texts()[found[row]]}",
+                )
+                for row, query in enumerate(QUERIES)
+            ]
+            bar = "█" * round(40 * min(1.0, difference.relative_l2))
+            draw(f"tick {tick}: error {difference.relative_l2:.3%} {bar}", ("query", "as the original", "finds"), rows)
+    ticks = snn.latency_ticks["sequential"]
+    show(f"One layer after the other, the same {snn.timesteps} steps per neuron would take {ticks} ticks.")
 
 
 def texts() -> list[str]:
@@ -74,9 +105,15 @@ def _embed(network: Callable[..., Any], batches: list[dict[str, Any]]) -> Tensor
     means = []
     with torch.no_grad():
         for batch in batches:
-            mask = batch["attention_mask"].unsqueeze(-1)
-            means.append((network(**batch).last_hidden_state * mask).sum(1) / mask.sum(1))
-    return torch.nn.functional.normalize(torch.cat(means), dim=-1)
+            means.append(_pool(network(**batch), batch))
+    return torch.cat(means)
+
+
+def _pool(output: Any, batch: dict[str, Any]) -> Tensor:
+    """Unit vectors [texts, hidden] of one batch."""
+    mask = batch["attention_mask"].unsqueeze(-1)
+    means = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(means, dim=-1)
 
 
 def _coverage(snn: fasfx.SpikingModel) -> None:

@@ -17,7 +17,7 @@ from fasfx.capture import evaluating
 from fasfx.config import SpikeConfig
 from fasfx.difference import Difference, main_output, output_mask
 from fasfx.errors import InputError
-from fasfx.model import SpikingModel
+from fasfx.model import SpikingModel, depth
 from fasfx.program import facts
 from fasfx.synapses import reduce_peak
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Progress = Callable[[str, int, int | None], None]
+Batch = dict[str, Any]
+Row = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,29 @@ class Equivalence:
     """What fasfx.check measured.
 
     table: timesteps, relative_l2, cosine, max (of the main output), bound (the largest share of its threshold by
-           which one neuron may err, from the ledger: a bound per neuron, not of the output).
+           which one neuron may err for constant input: a bound per neuron, not of the output), spikes (per neuron, up
+           to that T). Under the synchronous schedule a row is what stands there after that tick.
     sites: at the model's own T, per site: firing_rate (spikes per neuron and step), clip_share (values beyond the
            threshold), dead_share (channels that never fire), snr_db (decoded spikes against the original's value,
            errors of earlier layers included).
+    depth: most neurons on any path; a sequential network answers after depth * T ticks.
     """
 
     table: pandas.DataFrame
     sites: pandas.DataFrame
     config: SpikeConfig
+    depth: int
+
+    def latency(self, tolerance: float) -> dict[str, int] | None:
+        """The first T of the table whose error is at most `tolerance`, and the ticks until the answer then.
+
+        {"timesteps": T, "ticks": T or, for the sequential schedule, depth * T}; None if no T reaches it.
+        """
+        reached = self.table[self.table["relative_l2"] <= tolerance]
+        if reached.empty:
+            return None
+        steps = int(reached["timesteps"].min())
+        return {"timesteps": steps, "ticks": steps * (1 if self.config.schedule == "synchronous" else self.depth)}
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Error and bound against T, and the signal-to-noise ratio along the network; saved if a path is given."""
@@ -51,7 +67,8 @@ class Equivalence:
         left, right = figure.subplots(1, 2)
         left.semilogy(self.table["timesteps"], self.table["relative_l2"], "o-", label="output, relative L2 error")
         left.semilogy(self.table["timesteps"], self.table["bound"], "s--", label="one neuron's bound / threshold")
-        left.set(xlabel="time steps T", title=f"{self.config.code} code: error against T")
+        step = "tick" if self.config.schedule == "synchronous" else "time steps T"
+        left.set(xlabel=step, title=f"{self.config.code} code, {self.config.schedule}: error")
         left.legend()
         right.plot(range(len(self.sites)), self.sites["snr_db"], ".-")
         right.set(
@@ -90,27 +107,62 @@ def check(
     report = progress or (lambda stage, done, total: None)
     with torch.no_grad(), evaluating(model):
         expected = [main_output(model(**batch)) for batch in held]
-    own, rows = snn.timesteps, []
+    own = snn.timesteps
     try:
-        for done, steps in enumerate(timesteps):
-            report("check", done, len(timesteps))
-            snn.timesteps = steps
-            rows.append(_row(snn, held, expected))
+        if snn.schedule == "synchronous":
+            rows = _tick_rows(snn, held, expected, sorted(set(timesteps)), report)
+        else:
+            rows = _rows(snn, held, expected, timesteps, report)
     finally:
         snn.timesteps = own
+    return Equivalence(_frame(rows), _sites(snn, held), snn.spike_config, depth(snn.graph_module))
+
+
+def _rows(
+    snn: SpikingModel, batches: list[Batch], expected: list[Tensor], timesteps: Sequence[int], report: Progress
+) -> list[Row]:
+    """One pass through the network per T."""
+    rows = []
+    for done, steps in enumerate(timesteps):
+        report("check", done, len(timesteps))
+        snn.timesteps = steps
+        difference = Difference()
+        with torch.no_grad():
+            for batch, reference in zip(batches, expected, strict=True):
+                difference.add(reference, main_output(snn(**batch)), output_mask(batch))
+        rows.append(_row(snn.spike_config, steps, difference, _spikes(snn, batches[0])[-1]))
     report("check", len(timesteps), len(timesteps))
-    return Equivalence(_frame(rows), _sites(snn, held), snn.spike_config)
+    return rows
 
 
-def _row(snn: SpikingModel, batches: list[dict[str, Any]], expected: list[Tensor]) -> dict[str, float]:
-    difference = Difference()
+def _tick_rows(
+    snn: SpikingModel, batches: list[Batch], expected: list[Tensor], timesteps: list[int], report: Progress
+) -> list[Row]:
+    """All T from one run: the output after tick t is what a network of t ticks gives."""
+    snn.timesteps = timesteps[-1]
+    found = {tick: Difference() for tick in timesteps}
     with torch.no_grad():
-        for batch, reference in zip(batches, expected, strict=True):
-            difference.add(reference, main_output(snn(**batch)), output_mask(batch))
-    config = snn.spike_config
-    bound = ops.CODES[config.code].error_bound(1.0, config.timesteps, config.levels)
+        for done, (batch, reference) in enumerate(zip(batches, expected, strict=True)):
+            report("check", done, len(batches))
+            for tick, output in enumerate(snn.ticks(**batch), 1):
+                if tick in found:
+                    found[tick].add(reference, main_output(output), output_mask(batch))
+    report("check", len(batches), len(batches))
+    sent = _spikes(snn, batches[0])
+    return [_row(snn.spike_config, tick, found[tick], sent[tick - 1]) for tick in timesteps]
+
+
+def _spikes(snn: SpikingModel, batch: Batch) -> list[float]:
+    """Spikes per neuron up to each step, over the whole network."""
+    frame = snn.count_spikes(**batch)
+    neurons = frame.pop("neurons")
+    return list(frame.mul(neurons, axis=0).sum().cumsum() / neurons.sum())
+
+
+def _row(config: SpikeConfig, steps: int, difference: Difference, spikes: float) -> Row:
+    bound = ops.CODES[config.code].error_bound(1.0, steps, config.levels)
     figures = {"relative_l2": difference.relative_l2, "cosine": difference.cosine, "max": difference.largest}
-    return {"timesteps": config.timesteps, **figures, "bound": bound}
+    return {"timesteps": steps, **figures, "bound": bound, "spikes": spikes}
 
 
 def _sites(snn: SpikingModel, batches: list[dict[str, Any]]) -> pandas.DataFrame:

@@ -19,10 +19,11 @@ from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts, fake
 from fasfx.runner import PassHook, Runner
-from fasfx.runtime.spikes import SpikeRecorder, SpikeTrain
+from fasfx.runtime.spikes import SpikeCounter, SpikeRecorder, SpikeTrain
 from fasfx.runtime.ticks import NetworkState, Settled, StepGraph, settle
 
 if TYPE_CHECKING:
+    import pandas
     from transformers import PretrainedConfig
 
 
@@ -61,7 +62,7 @@ class SpikingModel(nn.Module):
         Raises InputError naming a missing, unknown or ill-typed input.
         """
         inputs = self._inputs(args, kwargs)
-        if self.spike_config.schedule == "sequential":
+        if self.schedule == "sequential":
             return self.graph_module(**inputs)
         ticks = self._step_graph.ticks([*inputs.values()], self.timesteps, self.recompute)
         return deque(ticks, maxlen=1).pop()
@@ -108,15 +109,28 @@ class SpikingModel(nn.Module):
     def spikes(self, *args: Any, **kwargs: Any) -> dict[str, SpikeTrain]:
         """Site name -> the spikes it sends for these inputs."""
         recorder = SpikeRecorder(self.graph_module, self._static_thresholds())
-        inputs = [*self._inputs(args, kwargs).values()]
-        with torch.no_grad():
-            if self.spike_config.schedule == "sequential":
-                recorder.run(*inputs)
-            else:
-                sent = [*self._step_graph.state(inputs).sent.values()]
-                for tick in range(1, self.timesteps + 1):
-                    _, sent = recorder.run(*inputs, torch.tensor(tick, device=inputs[0].device), *sent)
+        self._record(recorder, self._inputs(args, kwargs))
         return recorder.trains
+
+    def count_spikes(self, *args: Any, **kwargs: Any) -> pandas.DataFrame:
+        """Spikes per neuron: a row for every site, a column for every time step or tick from 1 on, and `neurons`."""
+        import pandas
+
+        counter = SpikeCounter(self.graph_module, self._static_thresholds())
+        self._record(counter, self._inputs(args, kwargs))
+        rows = {site: (found / counter.neurons[site]).tolist() for site, found in counter.counts.items()}
+        frame = pandas.DataFrame.from_dict(rows, orient="index", columns=range(1, self.timesteps + 1))
+        return frame.assign(neurons=counter.neurons)
+
+    def _record(self, recorder: SpikeRecorder, given: Mapping[str, Tensor]) -> None:
+        inputs = [*given.values()]
+        with torch.no_grad():
+            if self.schedule == "sequential":
+                recorder.run(*inputs)
+                return
+            sent = [*self._step_graph.state(inputs).sent.values()]
+            for tick in range(1, self.timesteps + 1):
+                _, sent = recorder.run(*inputs, torch.tensor(tick, device=inputs[0].device), *sent)
 
     def _static_thresholds(self) -> dict[str, Tensor]:
         dynamic = self.spike_config.resolved_granularity == "token"

@@ -6,11 +6,13 @@ import contextlib
 import io
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -99,20 +101,46 @@ def working(what: str) -> contextlib.AbstractContextManager[object]:
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], numbers: bool = False) -> None:
     """Print a table; `numbers` aligns the columns right."""
+    console.print(_table(title, columns, rows, numbers))
+
+
+@contextlib.contextmanager
+def animation(seconds: float) -> Iterator[Callable[[str, Iterable[str], Iterable[Iterable[Any]]], None]]:
+    """A table that changes in place, a pause after each change; without a terminal, one table after the other."""
+    with Live(console=console, auto_refresh=False) if console.is_terminal else contextlib.nullcontext() as live:
+
+        def draw(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+            if live is None:
+                table(title, columns, rows)
+            else:
+                live.update(_table(title, columns, rows), refresh=True)
+                time.sleep(seconds)
+
+        yield draw
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], numbers: bool = False) -> Table:
     shown = Table(title=title, title_justify="left")
     for column in columns:
         shown.add_column(column, justify="right" if numbers else "left")
     for row in rows:
         shown.add_row(*(Text(str(cell)) for cell in row))
-    console.print(shown)
+    return shown
 
 
 def equivalence(figures: pandas.DataFrame, title: str) -> None:
     """Print fasfx.check's table of error against T."""
     rows = [
-        (row.timesteps, f"{row.relative_l2:.3%}", f"{row.cosine:.6f}", f"{row.max:.3g}", f"{row.bound:.2g}")
+        (
+            row.timesteps,
+            f"{row.relative_l2:.3%}",
+            f"{row.cosine:.6f}",
+            f"{row.max:.3g}",
+            f"{row.bound:.2g}",
+            f"{row.spikes:.2f}",
+        )
         for row in figures.itertuples()
     ]
-    columns = ("T", "relative L2 error", "cosine", "largest error", "bound of one neuron")
+    columns = ("T", "relative L2 error", "cosine", "largest error", "bound of one neuron", "spikes per neuron")
     table(title, columns, rows, numbers=True)
     show("bound of one neuron: the most it errs, as a share of its threshold; the network has no such bound")

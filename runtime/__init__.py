@@ -6,6 +6,8 @@ if __name__ != "fasfx.runtime":
     raise ImportError("import fasfx.runtime, not runtime: the folder is mapped into the fasfx package")
 
 from fasfx.runtime.onnx import OnnxModel
+from fasfx.runtime.raster import raster
 from fasfx.runtime.spikes import SpikeTrain
+from fasfx.runtime.ticks import NetworkState, Settled
 
-__all__ = ["OnnxModel", "SpikeTrain"]
+__all__ = ["NetworkState", "OnnxModel", "Settled", "SpikeTrain", "raster"]

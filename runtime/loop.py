@@ -77,17 +77,18 @@ def wrap_in_loop(component: ExportedComponent, known: Facts) -> None:
 
 def _take_sizes_from_inputs(graph: onnx_ir.Graph, inner: list[Any]) -> None:
     """Sizes that the exporter read off a state come from an input of the model: states begin as single zeros."""
-    sources = {}
+    sources: dict[str, tuple[onnx_ir.Value, int]] = {}
     for value in graph.inputs:
         for dim, size in enumerate(value.shape or ()):
             if value not in inner and not isinstance(size, int):
                 sources.setdefault(str(size), (value, dim))
     for node in [n for n in graph if n.op_type == "Shape" and n.inputs[0] in inner]:
-        dim = node.attributes.get_int("start", 0)
-        size = str(node.inputs[0].shape[dim])
-        if size not in sources or node.attributes.get_int("end", -1) != dim + 1:
-            raise ConfigError(f'size {size} is known from a state only: export with form="step"')
-        value, dim = sources[size]
+        dim, state = node.attributes.get_int("start", 0), node.inputs[0]
+        assert state is not None and state.shape is not None
+        name = str(state.shape[dim])
+        if name not in sources or node.attributes.get_int("end", -1) != dim + 1:
+            raise ConfigError(f'size {name} is known from a state only: export with form="step"')
+        value, dim = sources[name]
         node.replace_input_with(0, value)
         node.attributes.add(onnx_ir.AttrInt64("start", dim))
         node.attributes.add(onnx_ir.AttrInt64("end", dim + 1))
@@ -106,13 +107,16 @@ def _body(inner: list[Any], outputs: list[Any], inside: list[Any], known: Facts)
     for value in states:
         value.shape = None  # the first has one element, the others their full shape
     before = [_value(f"{value.name}_before", value.dtype) for value in outputs[: -len(states)]]
-    copies = [_node("Identity", [value], f"{value.name}_now") for value in outputs]  # may come from outside
-    results = [keep.outputs[0], *(copy.outputs[0] for copy in copies)]
-    for result, value in zip(results[1:], outputs, strict=True):
+    made = {value for node in inside for value in node.outputs}
+    # Each output is a value of its own made in here; copies cost time, so only where one is not.
+    own = [value in made and value not in outputs[:place] for place, value in enumerate(outputs)]
+    copies = [_node("Identity", [v], f"{v.name}_now") for v, is_own in zip(outputs, own, strict=True) if not is_own]
+    copied = (copy.outputs[0] for copy in copies)
+    results = [value if is_own else next(copied) for value, is_own in zip(outputs, own, strict=True)]
+    for result, value in zip([keep.outputs[0], *results], [go_on, *outputs], strict=True):
         result.type = value.type
-    keep.outputs[0].type = go_on.type
     nodes = [one, number, keep, *inside, *copies]
-    return onnx_ir.Graph([iteration, go_on, *before, *states], results, nodes=nodes, name="tick")
+    return onnx_ir.Graph([iteration, go_on, *before, *states], [keep.outputs[0], *results], nodes=nodes, name="tick")
 
 
 def _depending(graph: onnx_ir.Graph, sources: list[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,10 +64,7 @@ class OnnxModel:
         Raises InputError for inputs, ConfigError for a T that this export does not take.
         """
         if self._states is not None:
-            output = None
-            for output in self.ticks(timesteps, **inputs):
-                pass
-            return output
+            return deque(self.ticks(timesteps, **inputs), maxlen=1).pop()
         given = self._checked(inputs)
         if timesteps is None:
             return _refused(lambda: self.exported(**given))

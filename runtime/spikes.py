@@ -83,8 +83,29 @@ class SpikeRecorder(Interpreter):
         else:
             u, sent, _, code, levels, _ = arguments
             events = ops.tick.ticking(code).event(result - sent, levels).unsqueeze(0)
-        self._events.setdefault(site, []).append(events)
+        self._keep(site, events)
         theta = self._thresholds.get(site)
         if theta is None:  # u = x / (theta / unit), with theta the row's own maximum
             theta = self.env[arg(arg(node, 0), 1)] * facts(self.module).config.unit  # type: ignore[arg-type]
         self._scales[site] = theta.to(u)
+
+    def _keep(self, site: str, events: Tensor) -> None:
+        self._events.setdefault(site, []).append(events)
+
+
+class SpikeCounter(SpikeRecorder):
+    """Keeps numbers only: T may be large. counts: site -> spikes per step; neurons: site -> how many it has."""
+
+    def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
+        super().__init__(gm, thresholds)
+        self._counts: dict[str, list[Tensor]] = {}
+        self.neurons: dict[str, int] = {}
+
+    @property
+    def counts(self) -> dict[str, Tensor]:
+        """Site name -> number of spikes in each step, int64 [T]."""
+        return {site: torch.cat(parts) for site, parts in self._counts.items()}
+
+    def _keep(self, site: str, events: Tensor) -> None:
+        self._counts.setdefault(site, []).append((events != 0).flatten(1).sum(1))
+        self.neurons[site] = events[0].numel()

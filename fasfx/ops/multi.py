@@ -89,8 +89,10 @@ def tick(u: Tensor, sent: Tensor, _: Tensor, levels: int, signed: bool) -> Tenso
     takes it away. The spike weighs at most the threshold, also when u jumps from one end of the range to the other.
     """
     top = unit(levels)
-    inside = _wide(u, top).clamp(-top if signed else 0, top)
-    unsent = inside.sub_(sent).clamp_(-top, top).floor_().add_(0.5)
+    unsent = _wide(u, top).clamp(-top if signed else 0, top).sub_(sent)
+    if signed:  # u may have gone from one end to the other; else less than 3/2 of the threshold is unsent
+        unsent.clamp_(-top, top)
+    unsent.floor_().add_(0.5)
     return _nearest_power(unsent).add_(sent).round_().to(u.dtype)
 
 

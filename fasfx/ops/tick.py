@@ -76,8 +76,9 @@ def _rate(u: Any, sent: Any, number: Any, low: int, top: int, kind: Any) -> Any:
 
 def _multi(u: Any, sent: Any, number: Any, low: int, top: int, kind: Any) -> Any:
     lowest, highest = _number(-top, kind), _number(top, kind)
-    inside = onnx.Clip(u, lowest if low else _number(0, kind), highest)
-    unsent = onnx.Add(onnx.Floor(onnx.Clip(onnx.Sub(inside, sent), lowest, highest)), _number(0.5, kind))
+    unsent = onnx.Sub(onnx.Clip(u, lowest if low else _number(0, kind), highest), sent)
+    unsent = onnx.Clip(unsent, lowest, highest) if low else unsent
+    unsent = onnx.Add(onnx.Floor(unsent), _number(0.5, kind))
     scaled = onnx.Mul(unsent, _number(2.0 ** np.finfo(kind).nmant + 1, kind))
     spike = onnx.Sub(scaled, onnx.Sub(scaled, unsent))
     return onnx.Round(onnx.Add(spike, sent))  # to even: only +-1/2, silence, is ever rounded

@@ -96,8 +96,17 @@ def test_norm_weights_take_everything(name: str, granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", STATIC)
 def test_attention_keeps_only_input_and_exponential(granularity: str) -> None:
+    """The multi code's 2^19 is too large a factor for an exponent: rounding it would move counts."""
     found = declined("attention", granularity=granularity)
     assert ("scale_to_maker", "a factor does not move through aten.exp.default") in found and len(found) == 2
+
+
+def test_a_small_factor_of_an_exponential_moves_into_the_maximum() -> None:
+    folded = stages(net("attention"), SpikeConfig(code="radix", timesteps=7))["FOLDED"]
+    reasons = {d.reason for d in facts(folded).declined if d.pass_name == "fold"}
+    assert "a factor does not move through aten.exp.default" not in reasons
+    (exponential,) = folded.graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default)
+    assert exponential.args[0].args[1].target is torch.ops.aten.sub.Tensor
 
 
 def test_shared_values_are_listed() -> None:
