@@ -354,7 +354,7 @@ def round_peaks(ranged: GraphModule) -> None:
     """Peaks become N * 4^k: then N / theta and the square roots of coupled thresholds are exact (margin 1)."""
     config = facts(ranged).config
     assert config.margin == 1
-    top = CODES[config.code].capacity(config.timesteps, config.levels)
+    top = config.unit
     for site in facts(ranged).sites.values():
         if site.fixed is None and site.peak is not None:
             exponents = torch.log2(site.peak.clamp(min=2.0**-20) / top).div(2).round()

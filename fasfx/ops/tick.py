@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import onnx_ir
 import torch
+from onnxscript import INT64
 from onnxscript import opset18 as onnx
 from onnxscript.function_libs.torch_lib.registration import torch_op
 from onnxscript.function_libs.torch_lib.tensor_typing import TReal
@@ -47,7 +48,7 @@ op = torch.ops.fasfx.tick.default
 
 
 @torch_op("fasfx::tick", trace_only=True)
-def onnx_tick(u: TReal, sent: TReal, number: Any, code: str, levels: int, signed: bool) -> TReal:
+def onnx_tick(u: TReal, sent: TReal, number: INT64, code: str, levels: int, signed: bool) -> TReal:
     """The same float operations in ONNX; the nearest power of two by Veltkamp's splitting, as in `fasfx::count`."""
     kind = np.dtype(u.dtype.numpy())
     top = ticking(code).unit(levels)
