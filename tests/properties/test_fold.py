@@ -96,7 +96,7 @@ def test_norm_weights_take_everything(name: str, granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", STATIC)
 def test_attention_keeps_only_its_input(granularity: str) -> None:
-    assert declined("attention", granularity=granularity) == {INPUT}
+    assert declined("attention", granularity=granularity) == {("scale_to_maker", "others read the value too")}
 
 
 def test_a_factor_too_large_for_a_float_exponent_stays() -> None:

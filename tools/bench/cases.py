@@ -29,6 +29,12 @@ def smollm2() -> tuple[Any, Any]:
     return models.smollm2()
 
 
+@cache
+def qwen() -> tuple[Any, Any]:
+    """Qwen2.5-Coder and its tokenizer, loaded once."""
+    return models.qwen()
+
+
 def calibration(kind: str, quick: bool = False) -> list[Batch]:
     """MiniLM's calibration batches of a kind of text: 64 texts of at most 128 tokens (quick: 16 of 64)."""
     count, length = (2, LENGTH // 2) if quick else (8, LENGTH)

@@ -34,6 +34,11 @@ def at_most(label: str, figures: Sequence[float], limit: float, form: str = "{:.
     return Line(label, tuple(figures), form, f"≤ {_short(form, limit)}", all(f <= limit for f in figures))
 
 
+def at_least(label: str, figures: Sequence[float], limit: float, form: str = "{:.3f}") -> Line:
+    """Every figure at least `limit`; NaN misses."""
+    return Line(label, tuple(figures), form, f"≥ {_short(form, limit)}", all(f >= limit for f in figures))
+
+
 def between(label: str, figures: Sequence[float], low: float, high: float, form: str = "{:.3f}") -> Line:
     """Every figure from `low` to `high`, both included; NaN misses."""
     target = f"{_short(form, low)} to {_short(form, high)}"

@@ -1,0 +1,172 @@
+"""The synchronous schedule: error and spikes by tick for both codes, perplexity by tick, cost of a tick."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+import fasfx
+from fasfx.difference import Difference, main_output, output_mask
+from fasfx.tools.bench import cases, cost, data, timing
+from fasfx.tools.bench.data import Batch
+from fasfx.tools.bench.fidelity import ERROR, PERCENT, _windows
+from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
+
+MULTI = {4: 0.035, 8: 0.0015}  # tick: limit of the relative error
+FALL, FALL_OVER = 2.4, (2, 7)  # geometric mean per tick, over these ticks
+RATE = (32, 64, 128, 256)
+RATE_LIMIT = 0.12  # after the last of them
+WINDOWS = 2_044  # tokens predicted, in windows of 512
+PERPLEXITY = {"smollm2": {4: 1.06, 5: 1.02, 6: 1.006, 8: 1.002}, "qwen": {4: 1.03}}
+TOP1, EAGER, ONNX, EXPORT = 0.98, 1.5, 1.3, 40.0
+
+
+def _synchronous(kind: str, code: str, ticks: int, quick: bool = False) -> fasfx.SpikingModel:
+    config = fasfx.SpikeConfig.low_latency(ticks, code=code)
+    return fasfx.convert(cases.minilm()[0], cases.calibration(kind, quick), config)
+
+
+@torch.no_grad()
+def _errors(snn: fasfx.SpikingModel, batches: list[Batch]) -> list[float]:
+    """The relative error after every tick."""
+    found = [Difference() for _ in range(snn.timesteps)]
+    for batch in batches:
+        reference = main_output(cases.minilm()[0](**batch))
+        for difference, output in zip(found, snn.ticks(**batch), strict=True):
+            difference.add(reference, main_output(output), output_mask(batch))
+    return [difference.relative_l2 for difference in found]
+
+
+def multi(quick: bool) -> Iterator[Table]:
+    """MiniLM, SpikeConfig.low_latency, by tick."""
+    kinds, size = (cases.KINDS[:1], (1, 4, 64)) if quick else (cases.KINDS, (2, 8, 128))
+    slack, found, spikes = cases.SLACK if quick else 1.0, {}, []
+    for kind in kinds:
+        snn = _synchronous(kind, "multi", 8, quick)
+        for other in cases.KINDS:
+            batches = cases.evaluation(other, *size)
+            found[f"{kind}, on {other}"] = _errors(snn, batches)
+            spikes.append(_spikes(snn, batches[0]))
+    lines: list[Line] = []
+    for tick in range(1, 9):
+        row = [errors[tick - 1] for errors in found.values()]
+        label = f"tick {tick} ({spikes[0][tick - 1]:.2f} spikes per neuron)"
+        limit = MULTI.get(tick)
+        lines.append(at_most(label, row, limit * slack, PERCENT) if limit else plain(label, row, PERCENT))
+    first, last = FALL_OVER
+    falls = [(e[first - 1] / e[last - 1]) ** (1 / (last - first)) for e in found.values()]
+    lines.append(at_least(f"mean fall per tick, ticks {first} to {last}", falls, FALL if not quick else 1.5))
+    yield Table("MiniLM-L6, synchronous, multi code", ("", *found), lines, ERROR.capitalize() + ".")
+
+
+def _spikes(snn: fasfx.SpikingModel, batch: Batch) -> list[float]:
+    frame = snn.count_spikes(**batch)
+    neurons = frame.pop("neurons")
+    return list(frame.mul(neurons, axis=0).sum().cumsum() / neurons.sum())
+
+
+def rate(quick: bool) -> Iterator[Table]:
+    """The paper's neuron on the same step graph, beside the multi code at its own numbers of ticks."""
+    if quick:
+        return
+    (batch,) = cases.evaluation("tales", 1)
+    snn = _synchronous("tales", "rate", RATE[-1])
+    errors, spikes = _errors(snn, [batch]), _spikes(snn, batch)
+    lines, before = [], float("inf")
+    for tick in RATE:
+        figures = [errors[tick - 1], spikes[tick - 1]]
+        limit = min(before, RATE_LIMIT if tick == RATE[-1] else before)
+        line = at_most(f"rate, tick {tick}", figures[:1], limit, PERCENT) if tick != RATE[0] else None
+        plain_line = plain(f"rate, tick {tick}", figures, "{:.4f}")
+        lines.append(plain_line._replace(target=line.target, met=line.met) if line else plain_line)
+        before = figures[0]
+    other = _synchronous("tales", "multi", 8)
+    errors, spikes = _errors(other, [batch]), _spikes(other, batch)
+    lines += [plain(f"multi, tick {t}", [errors[t - 1], spikes[t - 1]], "{:.4f}") for t in (2, 4, 6, 8)]
+    yield Table("MiniLM-L6, synchronous, both codes", ("", "error", "spikes per neuron"), lines, "Tales, own kind.")
+
+
+def perplexity(quick: bool) -> Iterator[Table]:
+    """Language models by tick: perplexity over the original's, and equal top-1 tokens."""
+    if quick:
+        return
+    for name in PERPLEXITY:
+        yield _perplexity(name, getattr(cases, name))
+
+
+@torch.no_grad()
+def _perplexity(name: str, load: Callable[[], Any]) -> Table:
+    model, tokenizer = load()
+    own, unseen = data.split("tales")
+    limits = PERPLEXITY[name]
+    windows = _windows(tokenizer, unseen)[: WINDOWS // 511]
+    snn = fasfx.convert(model, _windows(tokenizer, own), fasfx.SpikeConfig.low_latency(max(limits)))
+    loss, base, equal, count = [0.0] * snn.timesteps, 0.0, [0] * snn.timesteps, 0
+    for window in windows:
+        target = window["input_ids"][:, 1:].flatten()
+        original = main_output(model(**window))[:, :-1].float().flatten(0, 1)
+        base += float(functional.cross_entropy(original, target, reduction="sum"))
+        count += target.numel()
+        for tick, output in enumerate(snn.ticks(**window)):
+            logits = main_output(output)[:, :-1].float().flatten(0, 1)
+            loss[tick] += float(functional.cross_entropy(logits, target, reduction="sum"))
+            equal[tick] += int((logits.argmax(-1) == original.argmax(-1)).sum())
+    lines = []
+    for tick in range(1, snn.timesteps + 1):
+        ratio = float(torch.tensor((loss[tick - 1] - base) / count).exp())
+        same = equal[tick - 1] / count
+        line = plain(f"tick {tick}", [ratio, same], "{:.4f}")
+        if tick in limits:
+            held = at_most(f"tick {tick}", [ratio], limits[tick], "{:.4f}")
+            line = line._replace(target=held.target, met=held.met and (tick < 8 or same >= TOP1))
+        lines.append(line)
+    note = f"{count:,} tokens of unseen tales in windows of 512; top-1 at tick 8 at least {TOP1:.0%}."
+    return Table(f"{name}, synchronous", ("", "perplexity / original's", "equal top-1"), lines, note)
+
+
+def cost_of_a_tick(quick: bool) -> Iterator[Table]:
+    """One tick over the original, in torch and in ONNX Runtime; the state; the export."""
+    (batch,) = cases.evaluation("tales", 1)
+    snn = _synchronous("tales", "multi", 4, quick)
+    state = snn.state(**batch)
+    calls = {cost.ORIGINAL: lambda: cases.minilm()[0](**batch), "one tick": lambda: snn.step(state, **batch)}
+    slack = cases.SLACK if quick else 1.0
+    with torch.no_grad():
+        eager = timing.ratios(timing.interleaved(calls, 3 if quick else 21), cost.ORIGINAL)["one tick"]
+    lines = [at_most("torch eager, one tick", [eager.median], EAGER * slack, cost.RATIO)]
+    if not quick:
+        lines += _onnx(snn, batch)
+    lines.append(plain("state, MB", [state.nbytes / 1e6], "{:.0f}"))
+    note = f"Time over the original's; 8 x 128 tokens of tales; {timing.CONDITIONS}."
+    yield Table("MiniLM-L6, cost of a tick", ("", "figure"), lines, note)
+
+
+def _onnx(snn: fasfx.SpikingModel, batch: Batch) -> list[Line]:
+    with tempfile.TemporaryDirectory() as folder, cases.undisturbed():
+        spiking = {}
+        for opset in cost.OPSETS:
+            cost.export_original(Path(folder) / str(opset), opset)
+            spiking[f"{cost.ORIGINAL}, opset {opset}"] = cost.session(Path(folder) / str(opset), batch)
+        start = time.perf_counter()
+        snn.to_onnx(Path(folder) / "loop")
+        seconds = time.perf_counter() - start
+        spiking["loop"] = cost.session(Path(folder) / "loop", batch)
+        times = timing.interleaved(spiking, 21)
+    base = min((name for name in times if name != "loop"), key=lambda name: sorted(times[name])[len(times[name]) // 2])
+    loop = timing.ratios(times, base)["loop"]
+    tick = at_most("ONNX Runtime, one tick", [loop.median / snn.timesteps], ONNX, cost.RATIO)
+    return [tick, at_most("export as a Loop, seconds", [seconds], EXPORT, "{:.0f}")]
+
+
+PARTS: dict[str, Callable[[bool], Iterator[Table]]] = {
+    "multi": multi,
+    "rate": rate,
+    "perplexity": perplexity,
+    "cost": cost_of_a_tick,
+}
