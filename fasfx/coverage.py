@@ -45,7 +45,14 @@ _FREE |= {
     ops.fire.op,
     ops.tick.op,
 }
-_FREE |= {aten.to.dtype, aten.copy.default, aten.constant_pad_nd.default, aten.pad.default, aten.roll.default}
+_FREE |= {
+    aten.to.dtype,
+    aten.nan_to_num.default,
+    aten.copy.default,
+    aten.constant_pad_nd.default,
+    aten.pad.default,
+    aten.roll.default,
+}
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class SpikingModel(nn.Module):
         steps = self._step_graph
         return steps.ticks([*self._inputs(args, kwargs).values()], self.timesteps, self.recompute)
 
-    def ticks_until(self, tolerance: float, *args: Any, **kwargs: Any) -> Settled:
+    def ticks_until(self, tolerance: float, /, *args: Any, **kwargs: Any) -> Settled:
         """Tick until the main output changes by at most `tolerance` (relative L2, all positions), at most T ticks.
 
         With the multi code the error falls about threefold per tick, so what is left is about half of the last change.
@@ -88,9 +88,13 @@ class SpikingModel(nn.Module):
         """The state before the first tick for these inputs: its shapes and memory, and where `step` begins."""
         return self._step_graph.state([*self._inputs(args, kwargs).values()])
 
-    def step(self, state: NetworkState, *args: Any, **kwargs: Any) -> tuple[Any, NetworkState]:
-        """One tick by hand: the running output and the next state. The inputs may change from tick to tick."""
-        return self._step_graph.step([*self._inputs(args, kwargs).values()], state, self.recompute)
+    def step(self, state: NetworkState, /, *args: Any, **kwargs: Any) -> tuple[Any, NetworkState]:
+        """One tick by hand: the running output and the next state. The inputs may change from tick to tick.
+
+        Raises InputError for a state of another network or other shapes.
+        """
+        inputs = [*self._inputs(args, kwargs).values()]
+        return self._step_graph.step(inputs, self._step_graph.fitting(state, inputs), self.recompute)
 
     def gradient_checkpointing_enable(self) -> None:
         """Keep no activations of a tick for the gradient; compute them again when it is asked for."""

@@ -39,6 +39,8 @@ class SpikeQuantizer(ExportQuantizer):  # type: ignore[misc]
         self.config = config or SpikeConfig()
         if missing := self.config.unavailable():
             raise ConfigError("; ".join(missing))
+        if self.config.schedule == "synchronous":
+            raise ConfigError("a synchronous network's inputs are not the model's alone: use SpikingModel.to_onnx")
 
     def quantize(self, model: GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat) -> GraphModule:
         """The lowered program of an exported graph module, observed on the calibration set."""

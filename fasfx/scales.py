@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fasfx.program import add_tensor, arg, attribute, constants, fake, insert
+from fasfx.program import add_tensor, arg, attribute, constants, fake
 
 aten = torch.ops.aten
 _THROUGH_ANY = {  # data movement: one common factor passes
@@ -89,26 +89,9 @@ class Scaler:
         if target in (aten.transpose.int, aten.view.default, aten.reshape.default, aten.permute.default):
             before = before_move(node, scale)
             return before is not None and self.absorb(first, before)
-        if target is aten.exp.default:
-            return self._absorb_into_exponent(node, scale)
         if target is aten.mul.Tensor:
             return self._absorb_into_factor(node, scale)
         return self._absorb_into_weights(node, scale)
-
-    def _absorb_into_exponent(self, node: Node, scale: Tensor) -> bool:
-        """scale * exp(s - m) = exp(s - (m - ln scale)), where m is smaller than s, as the maximum of a softmax is.
-
-        Only where rounding the exponent moves no more than an eighth of a count.
-        """
-        difference, value = arg(node, 0), fake(node)
-        assert value is not None
-        if difference.target is not aten.sub.Tensor or len(difference.users) != 1 or scale.numel() != 1 or scale <= 1:
-            return False
-        maximum, shift = difference.args[1], math.log(scale.item())
-        if not isinstance(maximum, Node) or scale.item() * shift * torch.finfo(value.dtype).eps > 1 / 8:
-            return False
-        difference.update_arg(1, insert(self._gm, difference, difference, aten.sub.Tensor, maximum, shift))
-        return True
 
     def _absorb_into_factor(self, node: Node, scale: Tensor) -> bool:
         """x * constant: hand the whole factor on, or change the constant."""

@@ -6,6 +6,7 @@ number of this tick, from 1 on. Everything between neurons is applied to running
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ _PICKING: dict[Any, int] = {  # rows move by an index; which argument is that
     aten.index_put.default: 1,
     aten.masked_select.default: 1,
 }
+_BOUNDED_BELOW = {aten.clamp.default, aten.clamp_min.default}
 _SORTING = {aten.sort.default, aten.sort.stable, aten.topk.default, aten.unique_consecutive.default}
 
 
@@ -38,6 +40,7 @@ def make_step_graph(gm: GraphModule) -> None:
     """Turn a folded program into its step graph. Raises ConfigError for a site whose rows do not keep their place."""
     neurons = gm.graph.find_nodes(op="call_function", target=ops.fire.op)
     _require_still(gm, neurons)
+    _quotients_of_nothing(gm)
     inputs = gm.graph.find_nodes(op="placeholder")
     tick = _input(gm, inputs[-1], "tick", _number(gm))
     last, states = tick, {}
@@ -69,6 +72,19 @@ def _tick(gm: GraphModule, node: Node, state: Node, tick: Node, unit: bool) -> N
         value = insert(gm, node, node, aten.mul.Tensor, value, per_unit)
     node.replace_all_uses_with(value)
     return sent
+
+
+def _quotients_of_nothing(gm: GraphModule) -> None:
+    """0 / 0 is 0: before its first spikes a denominator may be 0, and a state would never forget a NaN."""
+    values = carried_values(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=aten.div.Tensor):
+        below = node.args[1]
+        if below not in values or below.target in _BOUNDED_BELOW:
+            continue
+        users = list(node.users)
+        safe = insert(gm, node.next, node, aten.nan_to_num.default, node, 0.0, math.inf, -math.inf)
+        for user in users:
+            user.replace_input_with(node, safe)
 
 
 def _input(gm: GraphModule, after: Node, name: str, value: Tensor | None) -> Node:

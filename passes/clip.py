@@ -90,7 +90,9 @@ def _per_row(gm: GraphModule, value: Node, before: Node, margin: float) -> Node:
     """The dynamic threshold of each row: largest |x| over the last dim, times margin."""
     peak = insert(gm, before, value, aten.amax.default, insert(gm, before, value, aten.abs.default, value), [-1], True)
     scaled = peak if margin == 1 else insert(gm, before, value, aten.mul.Tensor, peak, margin)
-    return insert(gm, before, value, aten.clamp.default, scaled, torch.finfo(torch.float32).tiny)
+    return insert(
+        gm, before, value, aten.clamp.default, scaled, facts(gm).config.unit * torch.finfo(torch.float32).tiny
+    )
 
 
 def thresholds(gm: GraphModule) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from fasfx.errors import ConfigError
+from fasfx.ops.precision import mantissa_bits, needs_double
 from fasfx.program import facts, fake
-from fasfx.runtime.loop import describe_states, name_states, wrap_in_loop
+from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
 from fasfx.runtime.rules import for_runtime
 from fasfx.runtime.ticks import StepGraph
 from fasfx.writing import written_beside
@@ -38,6 +39,8 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
         raise ConfigError(f"form={form!r}: a {model.schedule} network is exported as {' or '.join(forms)}")
     if opset_version not in OPSETS:
         raise ConfigError(f"opset {opset_version} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
+    if form != "closed":
+        _require_exportable(model, form)
     inputs = example_inputs(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model, inputs), opset_version=opset_version)
     module = _Closed(model) if form == "closed" else _Step(model)
@@ -55,6 +58,20 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     exported.config = model.config
     with written_beside(folder) as staging:
         exported.save_pretrained(staging)
+
+
+def _require_exportable(model: SpikingModel, form: str) -> None:
+    if TIMESTEPS in model.input_names:
+        raise ConfigError(f"the model has an input {TIMESTEPS}, the name of T in an export: rename it")
+    unit = model.spike_config.unit
+    for node in _placeholders(model):
+        value = fake(node)
+        if form == "loop" and value is not None and value.is_floating_point():
+            if needs_double(mantissa_bits(value.dtype), unit):  # ONNX Runtime then misplaces the first states
+                raise ConfigError(
+                    f"levels={model.spike_config.levels} needs more than {value.dtype}, which a Loop cannot hold: "
+                    'choose fewer levels, or form="step"'
+                )
 
 
 class _Closed(torch.nn.Module):

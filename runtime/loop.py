@@ -23,7 +23,7 @@ STATES = "fasfx.states"  # metadata of a step graph
 
 def name_states(program: onnx_ir.Model, known: Facts) -> None:
     """Call the outputs that are states next_<input>."""
-    outputs = program.graph.outputs[-len(known.states) :]
+    outputs = program.graph.outputs[len(program.graph.outputs) - len(known.states) :]
     for value, state in zip(outputs, known.states, strict=True):
         value.name = f"next_{state.name}"
 
@@ -71,7 +71,7 @@ def wrap_in_loop(component: ExportedComponent, known: Facts) -> None:
     graph.extend([true, loop])
     for result, value in zip(loop.outputs, outputs, strict=True):
         result.type, result.shape = value.type, value.shape
-    graph.outputs.extend(loop.outputs[: -len(states)])
+    graph.outputs.extend(loop.outputs[: len(outputs) - len(states)])
     _describe(component, known)
 
 
@@ -106,7 +106,7 @@ def _body(inner: list[Any], outputs: list[Any], inside: list[Any], known: Facts)
     states = [value for value in inner if value is not tick]
     for value in states:
         value.shape = None  # the first has one element, the others their full shape
-    before = [_value(f"{value.name}_before", value.dtype) for value in outputs[: -len(states)]]
+    before = [_value(f"{value.name}_before", value.dtype) for value in outputs[: len(outputs) - len(states)]]
     made = {value for node in inside for value in node.outputs}
     # Each output is a value of its own made in here; copies cost time, so only where one is not.
     own = [value in made and value not in outputs[:place] for place, value in enumerate(outputs)]

@@ -82,7 +82,8 @@ class OnnxModel:
         """
         if self._states is None:
             raise ConfigError('this export is not in step form: make one with to_onnx(folder, form="step")')
-        return self._ticks(self._states, self._checked(inputs), _positive(timesteps or self._states["timesteps"]))
+        steps = self._states["timesteps"] if timesteps is None else timesteps
+        return self._ticks(self._states, self._checked(inputs), _positive(steps))
 
     def _ticks(self, states: dict[str, Any], inputs: dict[str, Tensor], steps: int) -> Iterator[Any]:
         import onnxruntime as ort
@@ -104,8 +105,8 @@ class OnnxModel:
                 binding.bind_output(value.name)
             _refused(lambda: self.session.run_with_iobinding(binding))
             results = binding.get_outputs()
-            leaves = [torch.from_numpy(value.numpy()) for value in results[:-count]]
-            for name, value in zip(states["states"], results[-count:], strict=True):
+            leaves = [torch.from_numpy(value.numpy()) for value in results[: len(results) - count]]
+            for name, value in zip(states["states"], results[len(results) - count :], strict=True):
                 binding.bind_ortvalue_input(name, value)
             output, _ = self.exported.runners["model"].unflatten([*leaves, *([torch.empty(0)] * count)])
             yield output
@@ -116,6 +117,10 @@ class OnnxModel:
             raise InputError(f"missing input {', '.join(missing)}: the model takes {', '.join(names)}")
         if unknown := sorted(k for k, v in inputs.items() if k not in names and isinstance(v, Tensor)):
             raise InputError(f"unknown input {', '.join(unknown)}: the model takes {', '.join(names)}")
+        ranks = {value.name: len(value.shape) for value in self.session.get_inputs()}
+        for name in names:
+            if inputs[name].dim() != ranks.get(name, inputs[name].dim()):
+                raise InputError(f"{name} has rank {inputs[name].dim()}: the model takes rank {ranks[name]}")
         return {name: inputs[name] for name in names}
 
     @property

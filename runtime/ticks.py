@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from fasfx.difference import Difference, main_output
-from fasfx.errors import ConfigError
+from fasfx.errors import ConfigError, InputError
 from fasfx.program import facts, fake
 
 _FUNCTIONS = {"FloorDiv": operator.floordiv, "CleanDiv": operator.floordiv, "Mod": operator.mod, "Max": max, "Min": min}
@@ -110,6 +110,21 @@ class StepGraph:
             leaves, sent = self.program(*given)
         output = self.output(leaves)
         return output, NetworkState(dict(zip(state.sent, sent, strict=True)), state.ticks + 1)
+
+    def fitting(self, state: NetworkState, inputs: Sequence[Tensor]) -> NetworkState:
+        """The state, in the order of the graph; InputError if it is not one for these inputs."""
+        shapes = self._shapes(*(size for value in inputs for size in value.shape))
+        sent = {}
+        for site, shape in zip((known.site for known in self._states), shapes, strict=True):
+            if site not in state.sent or tuple(state.sent[site].shape) != tuple(shape):
+                found = list(state.sent[site].shape) if site in state.sent else "none"
+                raise InputError(f"the state of site {site} has shape {found}: these inputs need {list(shape)}")
+            sent[site] = state.sent[site]
+        return NetworkState(sent, state.ticks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed from the program when it is needed: copies and pickles need no more."""
+        return {"program": self.program, "_states": self._states}
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output type from its leaves."""

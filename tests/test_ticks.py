@@ -1,5 +1,6 @@
 """SpikingModel under the synchronous schedule: states, gradients, refusals, threads, memory, the report."""
 
+import copy
 import gc
 import threading
 from typing import Any
@@ -330,3 +331,97 @@ def test_a_sequential_export_has_a_fixed_t(tmp_path: Any) -> None:
     small(fasfx.SpikeConfig()).to_onnx(tmp_path)
     with pytest.raises(ConfigError, match="fixed T"):
         fasfx.runtime.OnnxModel(tmp_path)(timesteps=3, x=torch.randn(1, 6, 8))
+
+
+# --- what a reviewer broke -------------------------------------------------------------------------------
+
+
+class Unit(nn.Module):
+    """Rows of unit length without an epsilon: 0 / 0 before the first spikes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h / h.square().sum(-1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize("code", ["multi", "rate"])
+def test_nothing_over_nothing_is_not_remembered(code: str) -> None:
+    module, x = Unit().eval(), torch.randn(4, 8)
+    snn = fasfx.convert(module, [{"x": x}], SYNCHRONOUS.replace(code=code, timesteps=300 if code == "rate" else 12))
+    x = x.clone()
+    x[0] /= 50  # sends nothing for a while
+    assert torch.allclose(snn(x=x)[1:], module(x)[1:], atol=0.1)
+    assert bool(snn(x=x).isfinite().all())
+
+
+def test_large_finite_masks_of_whole_rows() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x, mask)
+
+    x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, 5)
+    for schedule, code, steps in (("sequential", "radix", 8), ("synchronous", "multi", 12)):
+        config = fasfx.SpikeConfig(code=code, timesteps=steps, schedule=schedule, levels=16)
+        snn = fasfx.convert(Masked(), [{"x": x, "mask": mask}], config)
+        for low in (-1e9, torch.finfo(torch.float32).min):
+            hard = mask.clone()
+            hard[0] = low
+            assert torch.allclose(snn(x=x, mask=hard), Masked()(x, hard), atol=0.05)
+
+
+def test_a_network_without_sites_is_exported(tmp_path: Any) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin() + 1
+
+    x = torch.randn(2, 8)
+    snn = fasfx.convert(Plain(), [{"x": x}], SYNCHRONOUS)
+    for form in ("loop", "step"):
+        snn.to_onnx(tmp_path / form, form=form)
+        assert torch.allclose(fasfx.runtime.OnnxModel(tmp_path / form)(x=x), x.sin() + 1, atol=1e-6)
+
+
+def test_states_that_do_not_fit_and_copies(snn: fasfx.SpikingModel) -> None:
+    x = torch.randn(3, 6, 8)
+    state = snn.state(x=x)
+    turned = fasfx.runtime.NetworkState(dict(reversed(state.sent.items())))
+    assert torch.equal(snn.step(turned, x=x)[0], snn.step(state, x=x)[0])
+    for wrong in (snn.state(x=x[:1]), fasfx.runtime.NetworkState({})):
+        with pytest.raises(InputError, match="state of site"):
+            snn.step(wrong, x=x)
+    assert torch.equal(copy.deepcopy(snn)(x=x), snn(x=x))
+
+
+def test_exports_that_cannot_be_are_refused(tmp_path: Any) -> None:
+    class Timed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+            return self.a(x + timesteps)
+
+    batch = {"x": torch.randn(4, 8), "timesteps": torch.randn(4, 8)}
+    with pytest.raises(ConfigError, match="rename"):
+        fasfx.convert(Timed(), [batch], SYNCHRONOUS).to_onnx(tmp_path / "timed")
+    fine = small(SYNCHRONOUS.replace(levels=24))
+    with pytest.raises(ConfigError, match='form="step"'):
+        fine.to_onnx(tmp_path / "fine")
+    fine.to_onnx(tmp_path / "step", form="step")
+    model, x = fasfx.runtime.OnnxModel(tmp_path / "step"), torch.randn(2, 6, 8)
+    assert torch.allclose(model(x=x), fine(x=x), atol=1e-5)
+    with pytest.raises(ConfigError, match="at least 1"):
+        model(timesteps=0, x=x)
+    with pytest.raises(InputError, match="rank"):
+        model(x=x[0])
+
+
+def test_rows_of_zeros_have_a_dynamic_threshold() -> None:
+    snn = small(SYNCHRONOUS.replace(granularity="token", levels=24))
+    x = torch.randn(2, 6, 8)
+    x[0, 0] = 0
+    assert bool(snn(x=x).isfinite().all())
