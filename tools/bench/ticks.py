@@ -143,7 +143,8 @@ def cost_of_a_tick(quick: bool) -> Iterator[Table]:
     if not quick:
         lines += _onnx(snn, batch)
     lines.append(plain("state, MB", [state.nbytes / 1e6], "{:.0f}"))
-    note = f"Time of {snn.timesteps} ticks, divided by their number, over the original's; 8 x 128 tokens of tales; {timing.CONDITIONS}."
+    note = f"Time of {snn.timesteps} ticks, divided by their number, over the original's; "
+    note += f"8 x 128 tokens of tales; {timing.CONDITIONS}."
     yield Table("MiniLM-L6, cost of a tick", ("", "figure"), lines, note)
 
 
