@@ -54,7 +54,7 @@ def _bias(gm: GraphModule, mask: Node, dtype: torch.dtype) -> Any:
         bias = proxy(gm, made[0])
     else:
         bias = emit(gm, mask.next, lambda: aten.where.Scalar(proxy(gm, mask), 0.0, -math.inf))
-    return bias if fake(bias.node).dtype == dtype else aten.to.dtype(bias, dtype)  # type: ignore[union-attr]
+    return bias if dtype == torch.get_default_dtype() else aten.to.dtype(bias, dtype)
 
 
 def _causal(q: Proxy, k: Proxy) -> Any:

@@ -67,7 +67,7 @@ def watch() -> None:
                 (
                     query,
                     "same" if found[row] == wanted[row] else "other",
-                    f"{scores[row].max():.3f} {texts()[found[row]]}",
+                    f"{scores[row]:.3f} {texts()[found[row]]}",
                 )
                 for row, query in enumerate(QUERIES)
             ]

@@ -99,11 +99,16 @@ def check(
     """Measure a spiking network against its original on batches of inputs.
 
     Positions masked by attention_mask do not count. `snn` has its own T again afterwards.
-    Raises InputError for no batches or inputs the network was not captured with, ConfigError for a T below 1.
+    Raises InputError for no batches, no timesteps, or inputs the network was not captured with, ConfigError for a T
+    below 1.
     """
     held = [as_batch(model, batch) for batch in batches]
     if not held:
         raise InputError("nothing to check on: batches is empty")
+    if not timesteps:
+        raise InputError("nothing to check: timesteps is empty")
+    for steps in timesteps:
+        snn.spike_config.replace(timesteps=steps)
     report = progress or (lambda stage, done, total: None)
     with torch.no_grad(), evaluating(model):
         expected = [main_output(model(**batch)) for batch in held]
@@ -130,7 +135,7 @@ def _rows(
         with torch.no_grad():
             for batch, reference in zip(batches, expected, strict=True):
                 difference.add(reference, main_output(snn(**batch)), output_mask(batch))
-        rows.append(_row(snn.spike_config, steps, difference, _spikes(snn, batches[0])[-1]))
+        rows.append(_row(snn.spike_config, steps, difference, spikes_so_far(snn, batches[0])[-1]))
     report("check", len(timesteps), len(timesteps))
     return rows
 
@@ -140,23 +145,30 @@ def _tick_rows(
 ) -> list[Row]:
     """All T from one run: the output after tick t is what a network of t ticks gives."""
     snn.timesteps = timesteps[-1]
-    found = {tick: Difference() for tick in timesteps}
-    with torch.no_grad():
-        for done, (batch, reference) in enumerate(zip(batches, expected, strict=True)):
-            report("check", done, len(batches))
-            for tick, output in enumerate(snn.ticks(**batch), 1):
-                if tick in found:
-                    found[tick].add(reference, main_output(output), output_mask(batch))
+    found = by_tick(snn, batches, expected, report)
+    sent = spikes_so_far(snn, batches[0])
+    return [_row(snn.spike_config, tick, found[tick - 1], sent[tick - 1]) for tick in timesteps]
+
+
+@torch.no_grad()
+def by_tick(
+    snn: SpikingModel, batches: Sequence[Batch], expected: Sequence[Tensor], report: Progress
+) -> list[Difference]:
+    """The difference of the running output from what is expected, after every tick, over all batches."""
+    found = [Difference() for _ in range(snn.timesteps)]
+    for done, (batch, reference) in enumerate(zip(batches, expected, strict=True)):
+        report("check", done, len(batches))
+        for difference, output in zip(found, snn.ticks(**batch), strict=True):
+            difference.add(reference, main_output(output), output_mask(batch))
     report("check", len(batches), len(batches))
-    sent = _spikes(snn, batches[0])
-    return [_row(snn.spike_config, tick, found[tick], sent[tick - 1]) for tick in timesteps]
+    return found
 
 
-def _spikes(snn: SpikingModel, batch: Batch) -> list[float]:
-    """Spikes per neuron up to each step, over the whole network."""
+def spikes_so_far(snn: SpikingModel, batch: Batch) -> list[float]:
+    """Spikes per neuron up to each time step or tick, over the whole network; 0 for a network without neurons."""
     frame = snn.count_spikes(**batch)
     neurons = frame.pop("neurons")
-    return list(frame.mul(neurons, axis=0).sum().cumsum() / neurons.sum())
+    return list(frame.mul(neurons, axis=0).sum().cumsum() / max(1, neurons.sum()))
 
 
 def _row(config: SpikeConfig, steps: int, difference: Difference, spikes: float) -> Row:

@@ -113,7 +113,7 @@ LEVELS: dict[str, Level] = {
         Level(
             "LOWERED",
             "lower",
-            "closed form of the sequential schedule",
+            "closed form of the sequential schedule, or one tick of the synchronous one",
             (forbid("is not lowered", ops.fire.op, ops.qcfs.op, aten.dropout.default),),
         ),
     )

@@ -64,14 +64,6 @@ class Ran:
     nodes: int
 
 
-@dataclass(frozen=True)
-class State:
-    """A neuron's state in a step graph: its site, and the name of the graph's input that holds it."""
-
-    site: str
-    name: str
-
-
 @dataclass
 class Facts:
     """Everything a program knows about itself."""
@@ -85,8 +77,13 @@ class Facts:
     declined: list[Declined] = field(default_factory=list)
     history: list[Ran] = field(default_factory=list)
     tick: str = ""  # the input of a step graph that holds the number of the tick
-    states: list[State] = field(default_factory=list)  # in the order of the step graph's inputs and outputs
+    states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
     outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
+
+    @property
+    def added(self) -> set[str]:
+        """The inputs of a step graph that are not the model's."""
+        return {self.tick, *self.states.values()}
 
 
 def facts(gm: GraphModule) -> Facts:

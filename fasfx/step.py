@@ -17,7 +17,7 @@ from torch.fx.graph import CodeGen
 
 from fasfx import ops
 from fasfx.errors import ConfigError
-from fasfx.program import State, arg, constants, describe, facts, fake, fake_mode, insert
+from fasfx.program import arg, constants, describe, facts, fake, fake_mode, insert
 from fasfx.synapses import carried_values
 
 aten = torch.ops.aten
@@ -32,7 +32,7 @@ _PICKING: dict[Any, int] = {  # rows move by an index; which argument is that
     aten.index_put.default: 1,
     aten.masked_select.default: 1,
 }
-_BOUNDED_BELOW = {aten.clamp.default, aten.clamp_min.default}
+_CLAMPS = {aten.clamp.default, aten.clamp_min.default}
 _SORTING = {aten.sort.default, aten.sort.stable, aten.topk.default, aten.unique_consecutive.default}
 
 
@@ -51,7 +51,7 @@ def make_step_graph(gm: GraphModule) -> None:
         sent.append(_tick(gm, node, state, tick, node.args[1] in fixed))
         gm.graph.erase_node(node)
     facts(gm).tick = str(tick.target)
-    facts(gm).states = [State(node.meta["site"], str(state.target)) for node, state in states.items()]
+    facts(gm).states = {node.meta["site"]: str(state.target) for node, state in states.items()}
     output = gm.graph.output_node()
     facts(gm).outputs = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     output.args = ((tuple(arg(output, 0)), tuple(sent)),)
@@ -78,8 +78,8 @@ def _quotients_of_nothing(gm: GraphModule) -> None:
     """0 / 0 is 0: before its first spikes a denominator may be 0, and a state would never forget a NaN."""
     values = carried_values(gm)
     for node in gm.graph.find_nodes(op="call_function", target=aten.div.Tensor):
-        below = node.args[1]
-        if below not in values or below.target in _BOUNDED_BELOW:
+        below = arg(node, 1)
+        if below not in values or (below.target in _CLAMPS and (below.args[1] or 0) > 0):
             continue
         users = list(node.users)
         safe = insert(gm, node.next, node, aten.nan_to_num.default, node, 0.0, math.inf, -math.inf)

@@ -42,7 +42,7 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     if form != "closed":
         _require_exportable(model, form)
     inputs = example_inputs(model)
-    config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model, inputs), opset_version=opset_version)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model), opset_version=opset_version)
     module = _Closed(model) if form == "closed" else _Step(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs
@@ -112,7 +112,7 @@ def example_inputs(model: SpikingModel) -> dict[str, Tensor]:
         program = facts(model.graph_module)
         state = StepGraph(model.graph_module).state([*found.values()])
         found[program.tick] = torch.tensor(1)
-        found |= zip((s.name for s in program.states), state.sent.values(), strict=True)
+        found |= zip(program.states.values(), state.sent.values(), strict=True)
     return found
 
 
@@ -120,7 +120,7 @@ def _placeholders(model: SpikingModel) -> list[Node]:
     return list(model.graph_module.graph.find_nodes(op="placeholder"))
 
 
-def _shapes(model: SpikingModel, inputs: dict[str, Tensor]) -> dict[str, dict[int, Any]]:
+def _shapes(model: SpikingModel) -> dict[str, dict[int, Any]]:
     """Dynamic shapes as captured: dims that torch.export found to be fixed stay fixed."""
     shapes: dict[str, dict[int, Any]] = {}
     for node in _placeholders(model):

@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree
 
 from fasfx.errors import ConfigError
-from fasfx.program import Facts, facts, fake
-from fasfx.runtime.ticks import expression
+from fasfx.program import Facts, facts
+from fasfx.runtime.ticks import placeholder_sizes
 
 if TYPE_CHECKING:
     from transformers.exporters.base import ExportedComponent
@@ -24,21 +24,19 @@ STATES = "fasfx.states"  # metadata of a step graph
 def name_states(program: onnx_ir.Model, known: Facts) -> None:
     """Call the outputs that are states next_<input>."""
     outputs = program.graph.outputs[len(program.graph.outputs) - len(known.states) :]
-    for value, state in zip(outputs, known.states, strict=True):
-        value.name = f"next_{state.name}"
+    for value, name in zip(outputs, known.states.values(), strict=True):
+        value.name = f"next_{name}"
 
 
 def describe_states(program: onnx_ir.Model, gm: GraphModule) -> None:
     """Write down, for hosts that hold the states, their shapes in terms of the sizes of the inputs."""
     known = facts(gm)
-    values = {str(n.target): fake(n) for n in gm.graph.find_nodes(op="placeholder")}
-    own = {known.tick, *(state.name for state in known.states)}
-    shapes = {name: [str(expression(s)) for s in v.shape] for name, v in values.items() if v is not None}
+    shapes = {name: [str(size) for size in shape] for name, shape in placeholder_sizes(gm).items()}
     program.metadata_props[STATES] = json.dumps(
         {
             "tick": known.tick,
-            "inputs": {name: shape for name, shape in shapes.items() if name not in own},
-            "states": {state.name: shapes[state.name] for state in known.states},
+            "inputs": {name: shape for name, shape in shapes.items() if name not in known.added},
+            "states": {name: shapes[name] for name in known.states.values()},
             "timesteps": known.config.timesteps,
         }
     )
@@ -51,8 +49,8 @@ def wrap_in_loop(component: ExportedComponent, known: Facts) -> None:
     first tick broadcasts. The outputs are those of the last tick.
     """
     graph = component.program.graph
-    states = {state.name for state in known.states}
-    inner = [value for value in graph.inputs if value.name in states or value.name == known.tick]
+    states = known.states
+    inner = [value for value in graph.inputs if value.name in known.added]
     _take_sizes_from_inputs(graph, inner)
     outputs, inside = list(graph.outputs), _depending(graph, inner)
     for value in inner:
@@ -158,8 +156,8 @@ def _value(name: str, dtype: Any) -> onnx_ir.Value:
 
 def _describe(component: ExportedComponent, known: Facts) -> None:
     """The metadata of the model itself: its inputs and output, without ticks and states."""
-    metadata, own = component.metadata, {known.tick, *(state.name for state in known.states)}
-    metadata.kwargs = {name: value for name, value in metadata.kwargs.items() if name not in own}
+    metadata = component.metadata
+    metadata.kwargs = {name: value for name, value in metadata.kwargs.items() if name not in known.added}
     _, spec = _pytree.tree_flatten(((), dict.fromkeys(metadata.kwargs, 0)))
     metadata.in_spec = _pytree.treespec_dumps(spec)
     assert known.outputs is not None

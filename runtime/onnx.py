@@ -57,14 +57,17 @@ class OnnxModel:
             shapes = [tuple(sympy.sympify(size) for size in shape) for shape in self._states["states"].values()]
             self._shapes = shape_function([size for shape in known.values() for size in shape], shapes)
 
-    def __call__(self, timesteps: int | None = None, **inputs: Any) -> Any:
+    def __call__(self, *, timesteps: Any = None, **inputs: Any) -> Any:
         """The model's own outputs for its own inputs, torch tensors in and out.
 
-        timesteps: T of an export in loop form; None: the one it was exported with.
+        timesteps: T of a synchronous network; None: the one it was exported with. (A sequential network may have an
+        input of that name; then it is that.)
         Raises InputError for inputs, ConfigError for a T that this export does not take.
         """
         if self._states is not None:
-            return deque(self.ticks(timesteps, **inputs), maxlen=1).pop()
+            return deque(self.ticks(timesteps=timesteps, **inputs), maxlen=1).pop()
+        if TIMESTEPS in self.exported.components["model"].metadata.kwargs:
+            inputs, timesteps = {**inputs, TIMESTEPS: timesteps}, None
         given = self._checked(inputs)
         if timesteps is None:
             return _refused(lambda: self.exported(**given))
@@ -75,7 +78,7 @@ class OnnxModel:
         leaves = _refused(lambda: self.session.run(None, feeds))
         return self.exported.runners["model"].unflatten([torch.from_numpy(leaf) for leaf in leaves])
 
-    def ticks(self, timesteps: int | None = None, **inputs: Any) -> Iterator[Any]:
+    def ticks(self, *, timesteps: int | None = None, **inputs: Any) -> Iterator[Any]:
         """The running outputs of an export in step form, one per tick; the states stay in ONNX Runtime's memory.
 
         Raises ConfigError for an export in another form.
@@ -94,7 +97,7 @@ class OnnxModel:
             binding.bind_cpu_input(name, value)
         kinds = {value.name: value.type for value in self.session.get_inputs()}
         shapes = self._shapes(*(size for name in states["inputs"] for size in inputs[name].shape))
-        for (name, _), shape in zip(states["states"].items(), shapes, strict=True):
+        for name, shape in zip(states["states"], shapes, strict=True):
             zeros = np.zeros(shape, _NUMPY[kinds[name]])
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(zeros))
         count = len(states["states"])
@@ -108,6 +111,7 @@ class OnnxModel:
             leaves = [torch.from_numpy(value.numpy()) for value in results[: len(results) - count]]
             for name, value in zip(states["states"], results[len(results) - count :], strict=True):
                 binding.bind_ortvalue_input(name, value)
+            # The places of the states in the export's outputs: they stay where they are.
             output, _ = self.exported.runners["model"].unflatten([*leaves, *([torch.empty(0)] * count)])
             yield output
 

@@ -1,6 +1,6 @@
 """Exact rewrites of an exported graph into forms that ONNX Runtime runs faster, with onnxscript's rewriter.
 
-The result holds standard operators only, so it runs on every execution provider.
+The result holds standard operators only, as what comes in does.
 """
 
 from __future__ import annotations

@@ -52,14 +52,14 @@ class SpikeRecorder(Interpreter):
 
     def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
         super().__init__(gm)
-        self._thresholds = thresholds
+        self._thresholds, self._config = thresholds, facts(gm).config
         self._events: dict[str, list[Tensor]] = {}
         self._scales: dict[str, Tensor] = {}  # theta of one value, by site
 
     @property
     def trains(self) -> dict[str, SpikeTrain]:
         """Site name -> the spikes sent in all runs so far."""
-        config = facts(self.module).config  # type: ignore[arg-type]
+        config = self._config
         found = {}
         for site, parts in self._events.items():
             events = torch.cat(parts)
@@ -86,7 +86,7 @@ class SpikeRecorder(Interpreter):
         self._keep(site, events)
         theta = self._thresholds.get(site)
         if theta is None:  # u = x / (theta / unit), with theta the row's own maximum
-            theta = self.env[arg(arg(node, 0), 1)] * facts(self.module).config.unit  # type: ignore[arg-type]
+            theta = self.env[arg(arg(node, 0), 1)] * self._config.unit
         self._scales[site] = theta.to(u)
 
     def _keep(self, site: str, events: Tensor) -> None:

@@ -86,16 +86,11 @@ class StepGraph:
 
     def __init__(self, program: GraphModule) -> None:
         self.program = program
-        self._states = facts(program).states
 
     def state(self, inputs: Sequence[Tensor]) -> NetworkState:
         """The state before the first tick for inputs of these shapes, on their device."""
-        shapes = self._shapes(*(size for value in inputs for size in value.shape))
-        zeros = [
-            torch.zeros(shape, dtype=value.dtype, device=inputs[0].device)
-            for shape, value in zip(shapes, self._values, strict=True)
-        ]
-        return NetworkState({state.site: zero for state, zero in zip(self._states, zeros, strict=True)})
+        values = zip(self._shapes(inputs).items(), self._dtypes, strict=True)
+        return NetworkState({s: torch.zeros(shape, dtype=d, device=inputs[0].device) for (s, shape), d in values})
 
     def step(self, inputs: Sequence[Tensor], state: NetworkState, recompute: bool = False) -> tuple[Any, NetworkState]:
         """One tick: the running output, shapes as the model's own, and the state after it; neither argument changes.
@@ -113,9 +108,8 @@ class StepGraph:
 
     def fitting(self, state: NetworkState, inputs: Sequence[Tensor]) -> NetworkState:
         """The state, in the order of the graph; InputError if it is not one for these inputs."""
-        shapes = self._shapes(*(size for value in inputs for size in value.shape))
         sent = {}
-        for site, shape in zip((known.site for known in self._states), shapes, strict=True):
+        for site, shape in self._shapes(inputs).items():
             if site not in state.sent or tuple(state.sent[site].shape) != tuple(shape):
                 found = list(state.sent[site].shape) if site in state.sent else "none"
                 raise InputError(f"the state of site {site} has shape {found}: these inputs need {list(shape)}")
@@ -124,7 +118,7 @@ class StepGraph:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is computed from the program when it is needed: copies and pickles need no more."""
-        return {"program": self.program, "_states": self._states}
+        return {"program": self.program}
 
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output type from its leaves."""
@@ -141,18 +135,29 @@ class StepGraph:
 
     # --- shapes --------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _values(self) -> list[Tensor]:
-        nodes = {str(n.target): n for n in self.program.graph.find_nodes(op="placeholder")}
-        found = [fake(nodes[state.name]) for state in self._states]
-        return [value for value in found if value is not None]
+    def _shapes(self, inputs: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+        """Site -> shape of its state for these inputs."""
+        shapes = self._shape_function(*(size for value in inputs for size in value.shape))
+        return dict(zip(facts(self.program).states, shapes, strict=True))
 
     @cached_property
-    def _shapes(self) -> Any:
-        own = {state.name for state in self._states} | {facts(self.program).tick}
-        inputs = [n for n in self.program.graph.find_nodes(op="placeholder") if str(n.target) not in own]
-        sizes = [expression(s) for n in inputs if (v := fake(n)) is not None for s in v.shape]
-        return shape_function(sizes, [tuple(expression(s) for s in value.shape) for value in self._values])
+    def _shape_function(self) -> Any:
+        sizes = placeholder_sizes(self.program)
+        known = facts(self.program)
+        given = [size for name, shape in sizes.items() if name not in known.added for size in shape]
+        return shape_function(given, [sizes[name] for name in known.states.values()])
+
+    @cached_property
+    def _dtypes(self) -> list[torch.dtype]:
+        names = facts(self.program).states.values()
+        values = {str(n.target): n.meta["val"].dtype for n in self.program.graph.find_nodes(op="placeholder")}
+        return [values[name] for name in names]
+
+
+def placeholder_sizes(gm: GraphModule) -> dict[str, tuple[sympy.Expr, ...]]:
+    """The symbolic shape of every input of a graph, for sympy."""
+    values = {str(n.target): fake(n) for n in gm.graph.find_nodes(op="placeholder")}
+    return {name: tuple(_expression(size) for size in v.shape) for name, v in values.items() if v is not None}
 
 
 def shape_function(sizes: Sequence[sympy.Expr], shapes: Sequence[tuple[sympy.Expr, ...]]) -> Any:
@@ -161,6 +166,6 @@ def shape_function(sizes: Sequence[sympy.Expr], shapes: Sequence[tuple[sympy.Exp
     return sympy.lambdify(symbols, list(shapes), modules=[_FUNCTIONS, "math"])
 
 
-def expression(size: Any) -> sympy.Expr:
+def _expression(size: Any) -> sympy.Expr:
     """A size of a symbolic shape for sympy."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)

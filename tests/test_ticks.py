@@ -333,7 +333,7 @@ def test_a_sequential_export_has_a_fixed_t(tmp_path: Any) -> None:
         fasfx.runtime.OnnxModel(tmp_path)(timesteps=3, x=torch.randn(1, 6, 8))
 
 
-# --- what a reviewer broke -------------------------------------------------------------------------------
+# --- corners ---------------------------------------------------------------------------------------------
 
 
 class Unit(nn.Module):
@@ -396,15 +396,18 @@ def test_states_that_do_not_fit_and_copies(snn: fasfx.SpikingModel) -> None:
     assert torch.equal(copy.deepcopy(snn)(x=x), snn(x=x))
 
 
+class Timed(nn.Module):
+    """Has an input of the name that T has in an export."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        return self.a(x + timesteps)
+
+
 def test_exports_that_cannot_be_are_refused(tmp_path: Any) -> None:
-    class Timed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-            return self.a(x + timesteps)
-
     batch = {"x": torch.randn(4, 8), "timesteps": torch.randn(4, 8)}
     with pytest.raises(ConfigError, match="rename"):
         fasfx.convert(Timed(), [batch], SYNCHRONOUS).to_onnx(tmp_path / "timed")
@@ -425,3 +428,31 @@ def test_rows_of_zeros_have_a_dynamic_threshold() -> None:
     x = torch.randn(2, 6, 8)
     x[0, 0] = 0
     assert bool(snn(x=x).isfinite().all())
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "synchronous"])
+def test_check_refuses_what_is_no_t_before_any_work(schedule: str) -> None:
+    snn = small(fasfx.SpikeConfig(schedule=schedule))
+    with pytest.raises(ConfigError, match="timesteps=0"):
+        fasfx.check(Small(), snn, [{"x": torch.randn(2, 6, 8)}], timesteps=(3, 0))
+    with pytest.raises(InputError, match="timesteps is empty"):
+        fasfx.check(Small(), snn, [{"x": torch.randn(2, 6, 8)}], timesteps=())
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "synchronous"])
+def test_check_of_a_network_without_neurons(schedule: str) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sin()
+
+    batch = {"x": torch.randn(2, 8)}
+    snn = fasfx.convert(Plain(), [batch], fasfx.SpikeConfig(schedule=schedule))
+    found = fasfx.check(Plain(), snn, [batch], timesteps=(1, 2)).table
+    assert list(found["relative_l2"]) == [0, 0] and list(found["spikes"]) == [0, 0]
+
+
+def test_a_sequential_export_may_have_an_input_called_timesteps(tmp_path: Any) -> None:
+    batch = {"x": torch.randn(4, 8), "timesteps": torch.randn(4, 8)}
+    snn = fasfx.convert(Timed(), [batch])
+    snn.to_onnx(tmp_path)
+    assert torch.allclose(fasfx.runtime.OnnxModel(tmp_path)(**batch), snn(**batch), atol=1e-5)

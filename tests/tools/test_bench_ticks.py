@@ -37,7 +37,7 @@ def test_errors_by_tick_are_those_of_check(tiny_case: None) -> None:
 
 def test_rate_lines_are_held_to_the_line_before(tiny_case: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ticks, "_errors", lambda snn, batches: [1.0 if t < 127 else 2.0 for t in range(snn.timesteps)])
-    monkeypatch.setattr(ticks, "_spikes", lambda snn, batch: [0.5] * snn.timesteps)
+    monkeypatch.setattr(ticks, "spikes_so_far", lambda snn, batch: [0.5] * snn.timesteps)
     (table,) = ticks.rate(quick=False)
     assert [line.met for line in table.lines[:4]] == [None, True, False, False]
 

@@ -6,7 +6,7 @@ import importlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def cost(quick: bool) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:
         calls = _onnx(batch, Path(folder))
         times = timing.interleaved(calls, 21)
-        base = min((n for n in calls if n.startswith(ORIGINAL)), key=lambda n: statistics.median(times[n]))
+        base = fastest_original(times)
     yield _lines("ONNX Runtime", timing.ratios(times, base), ONNX, f"Base: the {base}, made by OnnxExporter.")
     compiled, seconds = _compiled(batch)
     took = ", ".join(f"{second:.0f} s ({name})" for name, second in seconds.items())
@@ -74,15 +74,26 @@ def _call(model: Callable[..., object], batch: Batch) -> Callable[[], object]:
 
 def _onnx(batch: Batch, folder: Path) -> dict[str, Callable[[], object]]:
     """Sessions of the original at each opset and of both spiking networks."""
-    calls = {}
     with cases.undisturbed():
-        for opset in OPSETS:
-            export_original(folder / str(opset), opset)
-            calls[f"{ORIGINAL}, opset {opset}"] = session(folder / str(opset), batch)
+        calls = originals(batch, folder)
         for name, steps in CODES.items():
             cases.spiking("tales", name, steps).to_onnx(folder / name)
             calls[name] = session(folder / name, batch)
     return calls
+
+
+def originals(batch: Batch, folder: Path) -> dict[str, Callable[[], object]]:
+    """Sessions of the original at each opset."""
+    calls = {}
+    for opset in OPSETS:
+        export_original(folder / str(opset), opset)
+        calls[f"{ORIGINAL}, opset {opset}"] = session(folder / str(opset), batch)
+    return calls
+
+
+def fastest_original(times: Mapping[str, Sequence[float]]) -> str:
+    """The original that everything is held to: the faster of its exports."""
+    return min((name for name in times if name.startswith(ORIGINAL)), key=lambda name: statistics.median(times[name]))
 
 
 def export_original(folder: Path, opset: int) -> None:

