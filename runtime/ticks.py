@@ -116,10 +116,6 @@ class StepGraph:
             sent[site] = state.sent[site]
         return NetworkState(sent, state.ticks)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is computed from the program when it is needed: copies and pickles need no more."""
-        return {"program": self.program}
-
     def output(self, leaves: Sequence[Any]) -> Any:
         """The model's own output type from its leaves."""
         spec = facts(self.program).outputs

@@ -11,6 +11,7 @@ from torch import nn
 import fasfx
 from fasfx.config import SpikeConfig
 from fasfx.ops import CODES
+from fasfx.passes.clip import thresholds
 from fasfx.program import attribute, facts
 
 FLOAT_ACCURACY = 1e-11  # float64, a few layers, counts up to 2^19 folded into weights
@@ -98,6 +99,35 @@ def test_norm_weights_take_everything(name: str, granularity: str) -> None:
 def test_attention_keeps_only_input_and_exponential(granularity: str) -> None:
     found = declined("attention", granularity=granularity)
     assert ("scale_to_maker", "a factor does not move through aten.exp.default") in found and len(found) == 2
+
+
+def test_scores_of_all_heads_share_one_scale() -> None:
+    """Heads of very different size: their thresholds are raised until theta_q * theta_k is one number."""
+    made = net("attention")
+    with torch.no_grad():
+        made.module.q.weight[:8] *= 5
+    folded = stages(made, SpikeConfig(code="radix", timesteps=7))["FOLDED"]
+    scores = folded.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)[0]
+    (scaled,) = scores.users
+    assert scaled.target is torch.ops.aten.mul.Tensor and isinstance(scaled.args[1], float)
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_products_of_values_have_headroom_for_both_factors(product: bool) -> None:
+    gated = Calls(
+        lambda m, x: m.c(m.a(x) * m.b(x) if product else m.a(x) * 2),
+        a=nn.Linear(8, 8),
+        b=nn.Linear(8, 8),
+        c=nn.Linear(8, 8),
+    ).eval()
+    made = Net("gated", gated, {"x": torch.randn(50, 8)}).double()
+    config = SpikeConfig(code="radix", timesteps=8, margin=1.5)
+    ranged = stages(made, config)["RANGED"]
+    (name,) = [name for name in facts(ranged).sites if name.startswith("mul")]
+    peak = facts(ranged).sites[name].peak
+    quiet = torch.quantile(peak.flatten(), 0.75)
+    floor = quiet if product else torch.minimum(quiet, peak.amax() / 8)
+    assert torch.allclose(thresholds(ranged)[name], 1.5 ** (2 if product else 1) * torch.hypot(peak, floor))
 
 
 def test_shared_values_are_listed() -> None:
