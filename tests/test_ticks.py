@@ -96,6 +96,14 @@ def test_outputs_have_the_original_type_at_every_tick(bert: fasfx.SpikingModel) 
     assert torch.equal(outputs[-1].last_hidden_state, bert(**batch).last_hidden_state)
 
 
+@pytest.mark.parametrize("code", ["multi", "rate"])
+def test_a_step_graph_is_as_spike_driven_as_its_neurons(code: str) -> None:
+    """Spikes over ticks is one factor for the network: no float operator, and what carries it is spikes."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    found = fasfx.convert(module, [{"input": torch.randn(4, 8)}], SYNCHRONOUS.replace(code=code)).coverage
+    assert found.spike_driven_macs == 1 and found.float_operators == ["relu"]
+
+
 def test_ticks_until_stops_when_the_output_settles(snn: fasfx.SpikingModel) -> None:
     deep, x = _with_steps(snn, 30), torch.randn(2, 6, 8)
     found = deep.ticks_until(0.01, x=x)
