@@ -131,10 +131,7 @@ def _threshold(site: Site, config: SpikeConfig, product: bool) -> Tensor:
 
 
 def _couple(theta: dict[str, Tensor], node: Node) -> None:
-    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum.
-
-    It is the same for every head too: one number, which runtimes fuse into the product.
-    """
+    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum."""
     names = [operand(arg).name for arg in node.args]
     if not all(name in theta for name in names):
         return
@@ -142,7 +139,7 @@ def _couple(theta: dict[str, Tensor], node: Node) -> None:
     per_channel = (a.dim() >= 1 and a.shape[-1] > 1, b.dim() >= 2 and b.shape[-2] > 1)
     if all(per_channel):
         product = a * b.transpose(-1, -2)
-        factor = (product.amax() / product).sqrt()
+        factor = (product.amax(-1, keepdim=True) / product).sqrt()
         theta[names[0]], theta[names[1]] = a * factor, b * factor.transpose(-1, -2)
     elif per_channel[0]:
         theta[names[0]] = a.amax(-1, keepdim=True)

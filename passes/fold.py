@@ -107,8 +107,7 @@ def product_scale(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     first = summed.narrow(-2, 0, 1)
     if a.shape[-2] > 1 or not torch.allclose(summed, first.expand_as(summed), rtol=1e-5, atol=0):
         return None
-    one = first.flatten()[0]  # heads whose thresholds were coupled differ by rounding only
-    return one if torch.allclose(first, one.expand_as(first), rtol=1e-6, atol=0) else strip(first)
+    return strip(first)
 
 
 def _per_input_channel(node: Node, scale: Tensor) -> Tensor | None:

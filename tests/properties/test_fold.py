@@ -101,17 +101,6 @@ def test_attention_keeps_only_input_and_exponential(granularity: str) -> None:
     assert ("scale_to_maker", "a factor does not move through aten.exp.default") in found and len(found) == 2
 
 
-def test_scores_of_all_heads_share_one_scale() -> None:
-    """Heads of very different size: their thresholds are raised until theta_q * theta_k is one number."""
-    made = net("attention")
-    with torch.no_grad():
-        made.module.q.weight[:8] *= 5
-    folded = stages(made, SpikeConfig(code="radix", timesteps=7))["FOLDED"]
-    scores = folded.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)[0]
-    (scaled,) = scores.users
-    assert scaled.target is torch.ops.aten.mul.Tensor and isinstance(scaled.args[1], float)
-
-
 @pytest.mark.parametrize("product", [True, False])
 def test_products_of_values_have_headroom_for_both_factors(product: bool) -> None:
     gated = Calls(

@@ -85,10 +85,11 @@ def test_a_quantum_is_the_next_value_that_can_be_sent() -> None:
     assert sites.compare(torch.tensor([2.0, 3.0, 4.0]), values, radix) == (3, 2, 1)
 
 
-def test_counts_of_a_tiny_model_agree_site_by_site(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", ["multi", "radix", "rate"])
+def test_counts_of_a_tiny_model_agree_site_by_site(code: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        snn = fasfx.convert(models.tiny("bert"))
+        snn = fasfx.convert(models.tiny("bert"), config=fasfx.SpikeConfig().replace(code=code))
     with cases.undisturbed():
         snn.to_onnx(tmp_path / "onnx")
         found = sites.tallies(snn, tmp_path / "onnx", [models.tiny_inputs("bert", seed=5)])

@@ -22,8 +22,7 @@ class Exposed:
         self.model = onnx.load(folder / "model.onnx", load_external_data=False)
         self._makers = {name: node for node in self.model.graph.node for name in node.output}
         counts = sorted((n for n in self._makers if re.fullmatch(r"count(_\d+)?", n)), key=lambda n: int(n[6:] or 0))
-        hops = 7 if code == "multi" else 3  # operators of the neuron from its count back to u, see onnx_count
-        self.sites = [(self._upstream(name, hops), name) for name in counts]
+        self.sites = [(self._input(name, code), name) for name in counts]
         exposed = onnx.ModelProto()
         exposed.CopyFrom(self.model)
         known = {value.name for value in exposed.graph.output}
@@ -31,7 +30,9 @@ class Exposed:
         onnx.save(exposed, folder / "exposed.onnx")
         self.session = onnxruntime.InferenceSession(folder / "exposed.onnx", session_options())
 
-    def _upstream(self, name: str, hops: int) -> str:
+    def _input(self, name: str, code: str) -> str:
+        """u: back from the count over the neuron's operators, see onnx_count; exponentials need no Clip."""
+        hops = 7 if code == "multi" else 3 if self._makers[name].op_type == "Clip" else 2
         for _ in range(hops):
             name = self._makers[name].input[0]
         return name
