@@ -126,7 +126,7 @@ def _unique(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _site_to_json(site: Site) -> dict[str, Any]:
-    return {k: getattr(site, k) for k in ("name", "module", "channel", "signed", "fixed")}
+    return {k: getattr(site, k) for k in ("name", "module", "channel", "signed", "fixed", "population")}
 
 
 def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:

@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 _LATER: dict[tuple[str, object], str] = {
     ("coverage", "activation"): 'use coverage="matmul"',
     ("activation", "replace"): 'use activation="keep"',
-    ("nonlinear", "spiking"): 'use nonlinear="exact"; coverage lists the float operators',
+
     ("weights", "int8"): 'use weights="float"',
 }
 MAX_RADIX_STEPS = 24  # a count must be exact in float32
@@ -108,18 +108,24 @@ class SpikeConfig:
         """The granularity in force."""
         return self.granularity or ("tensor" if self.code == "multi" else "channel")
 
-    @property
-    def unit(self) -> int:
-        """What stands for the threshold in a folded graph: N, or the code's own unit if T is not to matter."""
+    def unit(self, steps: int) -> int:
+        """What stands for the threshold of a neuron of so many spikes in a folded graph.
+
+        N, or the code's own unit where T is not to matter.
+        """
         code = CODES[self.code]
         if self.schedule == "synchronous" and code.ticking is not None:
-            return code.ticking.unit(self.levels)
-        return code.capacity(self.timesteps, self.levels)
+            return code.ticking.unit(self.levels) * (steps // self.timesteps if code.ticking.averages else 1)
+        return code.capacity(steps, self.levels)
 
-    @property
-    def neuron(self) -> tuple[str, int, int]:
-        """(code, steps, levels): the arguments every neuron operator takes."""
-        return self.code, self.timesteps, self.levels
+    def neuron(self, population: int = 1) -> tuple[str, int, int]:
+        """(code, steps, levels), the arguments every neuron operator takes, for so many neurons per value.
+
+        Together they send up to population * T spikes; a radix count of so many digits must be exact in float32.
+        """
+        steps = population * self.timesteps
+        fits = self.code != "radix" or steps <= MAX_RADIX_STEPS
+        return self.code, steps if fits else self.timesteps, self.levels
 
     def replace(self, **changes: Any) -> SpikeConfig:
         """A copy with some fields changed; unknown names raise ConfigError."""

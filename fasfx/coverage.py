@@ -12,7 +12,7 @@ from fasfx import ops
 from fasfx.errors import CoverageError
 from fasfx.levels import is_skipped
 from fasfx.program import constants, facts, fake, module_path, operators
-from fasfx.synapses import MOVES, SYNAPSES, UNSUPPORTED_WORDS, carried_values, operand, synapses
+from fasfx.synapses import MOVES, PRODUCT, SYNAPSES, UNSUPPORTED_WORDS, Carriers, is_firing_rate, operand, synapses
 
 if TYPE_CHECKING:
     import pandas
@@ -105,13 +105,13 @@ class Coverage:
 
 def coverage(gm: GraphModule) -> Coverage:
     """Classify every operator of a program that computes with values."""
-    live, fixed, values = dict(synapses(gm)), constants(gm), carried_values(gm)
+    live, fixed, carriers = dict(synapses(gm)), constants(gm), Carriers(gm)
     rows = []
     for node in operators(gm):
         if node in live:
-            rows.append(_synapse_row(gm, node, live[node]))
+            rows.append(_synapse_row(gm, carriers, node, live[node]))
         elif node not in fixed and _is_float_work(node):
-            rows.append(_float_row(node, node in values))
+            rows.append(_float_row(node, node in carriers.values))
     return Coverage(tuple(rows))
 
 
@@ -126,24 +126,13 @@ def require_full(found: Coverage) -> None:
         raise CoverageError(f"strict=True and {len(bad)} operators are not spike-driven:\n  {listed}{more}")
 
 
-def _synapse_row(gm: GraphModule, node: Node, positions: tuple[int, ...]) -> Row:
-    missing = [p for p in positions if not _is_spiking(operand(node.args[p]))]
+def _synapse_row(gm: GraphModule, carriers: Carriers, node: Node, positions: tuple[int, ...]) -> Row:
+    missing = [p for p in positions if not carriers.is_sent(operand(node.args[p]))]
     reason = f"operand {missing[0]} carries float values" if missing else ""
     if missing and is_skipped(gm, node):
         reason = "its module is in config.skip"
-    macs = _number(SYNAPSES[node.target].macs(node))
+    macs = _number(SYNAPSES.get(node.target, PRODUCT).macs(node))
     return Row(node.name, module_path(node), _name(node), SYNAPSE, macs, not missing, reason)
-
-
-def _is_spiking(value: Node) -> bool:
-    if value.target is aten.mul.Tensor:  # a decoded count: scale outside the sum could not move
-        value = next((a for a in value.all_input_nodes if a.target in ops.LIKE_FIRST or is_firing_rate(a)), value)
-    return value.target in (ops.count.op, ops.fire.op, ops.tick.op) or is_firing_rate(value)
-
-
-def is_firing_rate(node: Node) -> bool:
-    """Spikes so far over ticks so far, one factor for the whole network: the running estimate of a rate code."""
-    return node.target is aten.div.Tensor and isinstance(x := node.args[0], Node) and x.target is ops.tick.op
 
 
 def _float_row(node: Node, on_values: bool) -> Row:

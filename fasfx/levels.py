@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fasfx import ops
 from fasfx.program import arg, attribute, constants, describe, facts, module_path, operators
-from fasfx.synapses import operand, synapses
+from fasfx.synapses import Carriers, operand, synapses
 
 aten = torch.ops.aten
 Complaint = tuple[Node, str]
@@ -70,12 +70,21 @@ def carried_by(*neurons: object) -> Check:
     return check
 
 
+def _sent(gm: GraphModule) -> Iterator[Complaint]:
+    """Every value that enters a synaptic operation is a count, perhaps times a scale, or its module is skipped."""
+    carriers = Carriers(gm)
+    for node, live in synapses(gm):
+        for position in live if not is_skipped(gm, node) else ():
+            if not carriers.is_sent(operand(node.args[position])):
+                yield node, f"operand {position} is not carried by spikes"
+
+
 def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
-    top, fixed = facts(gm).config.unit, constants(gm)
+    config, fixed = facts(gm).config, constants(gm)
     for node in operators(gm):
         if node.target is ops.fire.op and node.args[1] in fixed:
             theta = arg(node, 1)
-            if theta.op != "get_attr" or bool((attribute(gm, str(theta.target)) != top).any()):
+            if theta.op != "get_attr" or bool((attribute(gm, str(theta.target)) != config.unit(arg(node, 3))).any()):
                 yield node, "has a static threshold that is not folded"
 
 
@@ -108,7 +117,7 @@ LEVELS: dict[str, Level] = {
             "FOLDED",
             "fold",
             "spike counts travel, static thresholds live in the weights",
-            (carried_by(ops.fire.op, aten.mul.Tensor), _unit_thresholds),
+            (_sent, _unit_thresholds),
         ),
         Level(
             "LOWERED",

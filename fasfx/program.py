@@ -33,6 +33,7 @@ class Site:
     peak:    largest |value| seen in calibration, shape of the channel dims ([] until observed).
     tail:    99.9th percentile of |value|, largest over the batches; same shape.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
+    population: neurons per value, each with T spikes; 2 where a norm's operands meet (docs/decisions/0009).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Site:
     channel: tuple[int, ...]
     signed: bool
     fixed: float | None = None
+    population: int = 1
     peak: Tensor | None = None
     tail: Tensor | None = None
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.graph import CodeGen
 
 from fasfx import ops
+from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.program import arg, constants, describe, facts, fake, fake_mode, insert
 from fasfx.synapses import carried_values
@@ -60,12 +61,16 @@ def make_step_graph(gm: GraphModule) -> None:
 
 def _tick(gm: GraphModule, node: Node, state: Node, tick: Node, unit: bool) -> Node:
     """fire -> tick; readers get the running estimate. Returns what has been sent, the next state."""
-    x, theta, code, _, levels, signed = node.args
+    x, theta, code, steps, levels, signed = node.args
+    config: SpikeConfig = facts(gm).config
     per_unit, u = None, x
     if not unit:  # a dynamic threshold: x in units of it, and back
-        per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit))
+        per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(config.unit(steps)))
         u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
-    sent = value = insert(gm, node, node, ops.tick.op, u, state, tick, code, levels, signed)
+    sent = state
+    for _ in range(steps // config.timesteps):  # every neuron of the population, one after the other
+        sent = insert(gm, node, node, ops.tick.op, u, sent, tick, code, levels, signed)
+    value = sent
     if ops.tick.ticking(str(code)).averages:
         value = insert(gm, node, node, aten.div.Tensor, sent, tick)
     if per_unit is not None:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from fasfx.program import fake
+from fasfx import ops
+from fasfx.ops import LIKE_FIRST
+from fasfx.program import constants, facts, fake
 
 aten = torch.ops.aten
 
@@ -46,6 +48,11 @@ def _shape(node: Any) -> tuple[Any, ...]:
     return tuple(value.shape) if value is not None else ()
 
 
+def _product_macs(node: Node) -> Any:
+    return math.prod(_shape(node))
+
+
+PRODUCT = Synapse((0, 1), _product_macs)  # element by element
 _CONV, _TRANSPOSED = Synapse((0,), _conv_macs), Synapse((0,), _transposed_conv_macs)
 SYNAPSES: dict[Any, Synapse] = {
     aten.linear.default: Synapse((0, 1), _linear_macs),
@@ -86,12 +93,53 @@ def operand(node: Any) -> Any:
 
 def synapses(gm: GraphModule) -> Iterator[tuple[Node, tuple[int, ...]]]:
     """Synaptic nodes with the argument positions that carry values: not weights, positions or masks."""
-    values = carried_values(gm)
+    carriers = Carriers(gm)
     for node in gm.graph.nodes:
-        if (synapse := SYNAPSES.get(node.target)) is not None:
-            live = tuple(i for i in synapse.operands if i < len(node.args) and node.args[i] in values)
+        synapse = PRODUCT if carriers.is_product(node) else SYNAPSES.get(node.target)
+        if synapse is not None:
+            live = tuple(i for i in synapse.operands if i < len(node.args) and node.args[i] in carriers.values)
             if live:
                 yield node, live
+
+
+class Carriers:
+    """What carries the values of a program, node by node."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.values, self._fixed = carried_values(gm), constants(gm)
+        self._products = facts(gm).config.nonlinear == "spiking"
+
+    def is_product(self, node: Node) -> bool:
+        """Whether two values, or a value and a table made of positions, are multiplied element by element as spikes.
+
+        Not so: a constant factor, and the decoding of a count by a threshold that is computed from its row.
+        """
+        if not self._products or node.target is not aten.mul.Tensor or not any(a in self.values for a in node.args):
+            return False
+        varying = [a for a in node.args if isinstance(a, Node) and a not in self._fixed]
+        return len(varying) == 2 and not self._is_decoded(node)
+
+    def is_sent(self, node: Any) -> bool:
+        """Whether a value comes out of a neuron: as a count, as a firing rate, or decoded by an explicit scale."""
+        return isinstance(node, Node) and (
+            node.target in LIKE_FIRST or is_firing_rate(node) or (node.target is aten.mul.Tensor and self._is_decoded(node))
+        )
+
+    def _is_decoded(self, node: Node) -> bool:
+        """count * scale, where the scale is constant or computed from values (a dynamic threshold)."""
+        sent = [self.is_sent(operand(a)) for a in node.args]
+        others = [a for a, s in zip(node.args, sent, strict=True) if not s]
+        return len(others) == 1 and (not isinstance(others[0], Node) or others[0] in self._fixed | self.values)
+
+
+def is_norm(node: Node) -> bool:
+    """Whether a product is that of a norm: a value times the reciprocal root of its power."""
+    return node.target is aten.mul.Tensor and any(getattr(a, "target", None) is aten.rsqrt.default for a in node.args)
+
+
+def is_firing_rate(node: Node) -> bool:
+    """Spikes so far over ticks so far, one factor for the whole network: the running estimate of a rate code."""
+    return node.target is aten.div.Tensor and getattr(node.args[0], "target", None) is ops.tick.op
 
 
 def carried_values(gm: GraphModule) -> set[Node]:
@@ -142,6 +190,8 @@ def channel_dims(node: Node, position: int) -> tuple[int, ...]:
     value = fake(node.args[position])
     assert value is not None
     if node.target is aten.linear.default:
+        wanted = [-1]
+    elif node.target is aten.mul.Tensor:
         wanted = [-1]
     elif node.target is aten.matmul.default:
         wanted = [-3, -1 if position == 0 or _is_mixing(node) else -2]

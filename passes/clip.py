@@ -18,7 +18,7 @@ from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
 from fasfx.program import Site, add_tensor, describe, facts, fake, insert
 from fasfx.runner import Pass
-from fasfx.synapses import RELAYS, SYNAPSES, carried_values, operand, synapses
+from fasfx.synapses import RELAYS, carried_values, operand, synapses
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
@@ -38,35 +38,39 @@ class Clip(Pass):
         """One qcfs per site, read by its synaptic users only: residual paths keep the value itself."""
         config = facts(gm).config
         code = ops.CODES[config.code]
-        check_dtype(gm, code.capacity(config.timesteps, config.levels))
+        check_dtype(gm, code)
         theta = thresholds(gm)
-        nodes = {node.name: node for node in gm.graph.nodes}
+        nodes, live = {node.name: node for node in gm.graph.nodes}, {node for node, _ in synapses(gm)}
         for site in facts(gm).sites.values():
             value = nodes[site.name]
             before = next(n for n in _from(value.next) if n.op != "placeholder")
             if config.resolved_granularity == "token" and site.fixed is None:
-                threshold, top = _per_row(gm, value, before, config.resolved_margin), None
+                threshold, top = _per_row(gm, value, before, config), None
             else:
                 threshold = add_tensor(gm, f"theta_{site.name}", theta[site.name], before, trainable=True)
                 top = float(theta[site.name].max())
-            clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *config.neuron, site.signed)
+            neuron = config.neuron(site.population)
+            clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *neuron, site.signed)
             clipped.meta["site"] = site.name
-            for user in _spiking_users(gm, value, site):
+            for user in _spiking_users(live, value, site):
                 user.replace_input_with(value, clipped)
             bound = Bound(
-                code.bound,
+                code.bound.subs(ops.codes.T, site.population * ops.codes.T),
                 "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"),
             )
-            value_at = code.error_bound(top, config.timesteps, config.levels) if top else None
+            value_at = code.error_bound(top, neuron[1], config.levels) if top else None
             facts(gm).ledger.add(Entry(self.name, f"{config.code}_neuron", value.name, site.module, bound, value_at))
         return bool(facts(gm).sites)
 
 
-def check_dtype(gm: GraphModule, top: int) -> None:
-    """Raise ConfigError if counts up to `top` are not exact in the dtype of some site."""
+def check_dtype(gm: GraphModule, code: ops.Code) -> None:
+    """Raise ConfigError if the counts of some site are not exact in its dtype."""
     for node in gm.graph.nodes:
-        value = fake(node)
-        if node.name in facts(gm).sites and value is not None and top > 2 / torch.finfo(value.dtype).eps:
+        value, site = fake(node), facts(gm).sites.get(node.name)
+        if site is None or value is None:
+            continue
+        _, steps, levels = facts(gm).config.neuron(site.population)
+        if (top := code.capacity(steps, levels)) > 2 / torch.finfo(value.dtype).eps:
             raise ConfigError(
                 f"spike counts up to {top} are not exact in {value.dtype} ({describe(node)}): convert model.float(), "
                 "or choose fewer levels or time steps"
@@ -79,20 +83,19 @@ def _from(node: Node) -> Iterator[Node]:
         node = node.next
 
 
-def _spiking_users(gm: GraphModule, value: Node, site: Site) -> list[Node]:
+def _spiking_users(live: set[Node], value: Node, site: Site) -> list[Node]:
     """Users that meet the value as spikes: synapses, relays to synapses, and sums of a deferred softmax."""
-    targets = set(SYNAPSES) | ({aten.sum.dim_IntList} if site.fixed is not None else set())
+    sums = [user for user in value.users if user.target is aten.sum.dim_IntList and site.fixed is not None]
     relays = [user for user in value.users if user.target in RELAYS and operand(user) is value]
-    return [user for user in value.users if user.target in targets] + relays
+    return [user for user in value.users if user in live] + sums + relays
 
 
-def _per_row(gm: GraphModule, value: Node, before: Node, margin: float) -> Node:
+def _per_row(gm: GraphModule, value: Node, before: Node, config: SpikeConfig) -> Node:
     """The dynamic threshold of each row: largest |x| over the last dim, times margin."""
     peak = insert(gm, before, value, aten.amax.default, insert(gm, before, value, aten.abs.default, value), [-1], True)
+    margin, smallest = config.resolved_margin, config.unit(config.timesteps) * torch.finfo(torch.float32).tiny
     scaled = peak if margin == 1 else insert(gm, before, value, aten.mul.Tensor, peak, margin)
-    return insert(
-        gm, before, value, aten.clamp.default, scaled, facts(gm).config.unit * torch.finfo(torch.float32).tiny
-    )
+    return insert(gm, before, value, aten.clamp.default, scaled, smallest)
 
 
 def thresholds(gm: GraphModule) -> dict[str, Tensor]:
@@ -120,7 +123,8 @@ def _threshold(site: Site, config: SpikeConfig, product: bool) -> Tensor:
     assert seen is not None
     whole = seen.amax()
     theta = whole * config.resolved_margin
-    if config.resolved_granularity == "channel":
+    # Element by element, scales per channel cost nothing; between the layers they would not leave a sum.
+    if config.resolved_granularity == "channel" or (config.granularity is None and site.population > 1):
         floor = torch.quantile(seen.flatten().float(), QUIET).to(seen)
         if not product:  # one massive channel must not coarsen the others, nor must many that are alike
             floor = torch.minimum(floor, whole / 8)

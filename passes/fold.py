@@ -1,6 +1,6 @@
 """SPIKING -> FOLDED: spike counts travel; thresholds and scales live in the neighbouring weights.
 
-fire(x, theta)  ->  fire(x * N / theta, N) = n, an integer; theta / N moves on into what reads n (N: config.unit):
+fire(x, theta)  ->  fire(x * N / theta, N) = n, an integer; theta / N moves on into what reads n (N: its unit):
 linear and convolution take it into their weights, products and sums pass it to their output. The factor
 N / theta moves back into what made x where only the neuron reads it: norm weights, linear rows, other factors.
 What cannot move stays an explicit multiplication and is noted with the reason.
@@ -22,6 +22,7 @@ from fasfx.synapses import RELAYS, operand
 aten = torch.ops.aten
 _CONVOLUTIONS: tuple[object, ...] = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 _CONVOLUTIONS += (aten.conv1d.padding, aten.conv2d.padding)
+_ONE = torch.ones(())
 
 
 class Fold(Pass):
@@ -52,7 +53,7 @@ def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
     x, theta_node, *neuron, signed = node.args
     assert isinstance(theta_node, Node)
     theta = strip(attribute(gm, str(theta_node.target)).detach().clone())
-    top = facts(gm).config.unit
+    top = facts(gm).config.unit(neuron[1])
     up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
     Scaler(gm).set_factor(up, per_threshold(top, theta))
     one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)
@@ -83,10 +84,13 @@ def scale_to_reader(
     if reader.target is aten.sum.dim_IntList and scale.dim() == 0:
         _multiply_output(gm, scaler, reader, scale)
         return True
-    if reader.target is aten.matmul.default:
+    if reader.target in (aten.matmul.default, aten.mul.Tensor):
         left, right = operand(reader.args[0]), operand(reader.args[1])
         if unit is right and left in scales and left is not right:
             return True  # done together with the left operand, or decoded below if that declined
+        if reader.target is aten.mul.Tensor:
+            _multiply_output(gm, scaler, reader, strip(scales.get(left, _ONE) * scales.get(right, _ONE)))
+            return True
         outer = product_scale(scales.get(left), scales.get(right))
         if outer is not None:
             _multiply_output(gm, scaler, reader, outer)

@@ -54,7 +54,7 @@ def _unit_count(gm: GraphModule, node: Node) -> Node:
 
 def _scaled_count(gm: GraphModule, node: Node) -> Node:
     x, theta, code, steps, levels, signed = node.args
-    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit))
+    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit(int(steps))))
     u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
     count = insert(gm, node, node, ops.count.op, u, code, steps, levels, signed)
     return insert(gm, node, node, aten.mul.Tensor, count, per_unit)

@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fasfx.attention import attention_to_products, softmax_to_deferred
-from fasfx.program import arg, fake
+from fasfx.compositions import compose
+from fasfx.program import arg, facts, fake
 from fasfx.rewrite import proxy, replace, rewrite
 from fasfx.runner import Pass
 
@@ -156,6 +157,8 @@ class Normalise(Pass):
             changed = True
         for node in gm.graph.find_nodes(op="call_function", target=aten.softmax.int):
             changed |= softmax_to_deferred(gm, node)
+        if facts(gm).config.nonlinear == "spiking":
+            changed |= compose(gm)
         return changed
 
 

@@ -13,7 +13,7 @@ from fasfx.errors import CalibrationError
 from fasfx.levels import is_skipped
 from fasfx.program import Site, describe, facts, module_path
 from fasfx.runner import Pass
-from fasfx.synapses import channel_dims, non_negative, operand, reduce_peak, synapses
+from fasfx.synapses import channel_dims, is_norm, non_negative, operand, reduce_peak, synapses
 
 aten = torch.ops.aten
 TAIL = 0.999  # threshold="percentile" takes this quantile of |value|
@@ -62,8 +62,9 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
             continue
         for position in live:
             value = operand(node.args[position])
-            channel = channel_dims(node, position)
+            channel, population = channel_dims(node, position), 2 if is_norm(node) else 1
             if value.name in sites:
+                sites[value.name].population = max(population, sites[value.name].population)
                 kept = set(sites[value.name].channel) & set(channel)
                 sites[value.name].channel = tuple(d for d in channel if d in kept)
                 continue
@@ -74,6 +75,7 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
                 () if bounded else channel,
                 not non_negative(value),
                 fixed=1.0 if bounded else None,
+                population=population,
             )
     return sites
 

@@ -63,7 +63,7 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
 def _require_exportable(model: SpikingModel, form: str) -> None:
     if TIMESTEPS in model.input_names:
         raise ConfigError(f"the model has an input {TIMESTEPS}, the name of T in an export: rename it")
-    unit = model.spike_config.unit
+    unit = model.spike_config.unit(model.timesteps)
     for node in _placeholders(model):
         value = fake(node)
         if form == "loop" and value is not None and value.is_floating_point():

@@ -17,7 +17,8 @@ from fasfx.program import arg, facts
 class SpikeTrain:
     """The spikes one site sends.
 
-    events: int8 [T, ...]; -1, 0, 1, and +-(i + 1) naming the level of a multi neuron.
+    events: int8 [T, ...], or [2 T, ...] where two neurons send a value, two rows for every step; -1, 0, 1, and
+            +-(i + 1) naming the level of a multi neuron.
     scale:  value of one count, theta / N, broadcastable to the site's value.
     code, levels: how to decode.
     """
@@ -52,7 +53,7 @@ class SpikeRecorder(Interpreter):
 
     def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
         super().__init__(gm)
-        self._thresholds, self._config = thresholds, facts(gm).config
+        self._thresholds, self._config, self._sites = thresholds, facts(gm).config, facts(gm).sites
         self._events: dict[str, list[Tensor]] = {}
         self._scales: dict[str, Tensor] = {}  # theta of one value, by site
 
@@ -86,7 +87,8 @@ class SpikeRecorder(Interpreter):
         self._keep(site, events)
         theta = self._thresholds.get(site)
         if theta is None:  # u = x / (theta / unit), with theta the row's own maximum
-            theta = self.env[arg(arg(node, 0), 1)] * self._config.unit
+            _, steps, _ = self._config.neuron(self._sites[site].population)
+            theta = self.env[arg(arg(node, 0), 1)] * self._config.unit(steps)
         self._scales[site] = theta.to(u)
 
     def _keep(self, site: str, events: Tensor) -> None:
@@ -104,7 +106,8 @@ class SpikeCounter(SpikeRecorder):
     @property
     def counts(self) -> dict[str, Tensor]:
         """Site name -> number of spikes in each step, int64 [T]."""
-        return {site: torch.cat(parts) for site, parts in self._counts.items()}
+        steps = self._config.timesteps
+        return {site: torch.cat(parts).view(steps, -1).sum(1) for site, parts in self._counts.items()}
 
     def _keep(self, site: str, events: Tensor) -> None:
         self._counts.setdefault(site, []).append((events != 0).flatten(1).sum(1))

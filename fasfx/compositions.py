@@ -1,0 +1,167 @@
+"""Non-linear operators of several values, written as products, sums and functions of one variable.
+
+Every entry of COMPOSITIONS takes the arguments of its operator by name, as traced values, and builds what takes the
+operator's place. Shapes are torch's; exact up to float rounding. What it returns None for stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, Proxy
+
+from fasfx.levels import is_skipped
+from fasfx.program import constants, fake
+from fasfx.rewrite import emit, proxy
+from fasfx.synapses import carried_values
+
+aten = torch.ops.aten
+
+def compose(gm: GraphModule) -> bool:
+    """Write out every composition on values outside skipped modules; True if there was one."""
+    fixed, values = constants(gm), carried_values(gm)
+    changed = False
+    for node in [n for n in gm.graph.nodes if n in values and n not in fixed and n.target in COMPOSITIONS]:
+        if is_skipped(gm, node) or (node.target is aten.div.Tensor and node.args[1] not in values):
+            continue
+        result = emit(gm, node, lambda node=node: COMPOSITIONS[node.target](**_arguments(gm, node)))
+        if result is not None:
+            node.replace_all_uses_with(result.node)
+            gm.graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _arguments(gm: GraphModule, node: Node) -> dict[str, Any]:
+    """Every argument by its name in the operator's schema, defaults filled in, nodes as traced values."""
+    target: Any = node.target
+    given = {a.name: a.default_value if a.has_default_value() else None for a in target._schema.arguments}
+    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
+    to_proxy: Callable[[Node], Any] = lambda n: proxy(gm, n)  # noqa: E731
+    return {name: torch.fx.node.map_arg(value, to_proxy) for name, value in given.items()}
+
+
+# --- norms: x - mean, its square and the reciprocal root of that meet as spikes ---------------------------------
+
+
+def _layer_norm(input: Proxy, normalized_shape: Sequence[int], weight: Any, bias: Any, eps: float, **_: Any) -> Any:
+    return _affine(_normalised(_centred(input, dims := _last(normalized_shape)), dims, eps), weight, bias)
+
+
+def _rms_norm(input: Proxy, normalized_shape: Sequence[int], weight: Any, eps: float | None, **_: Any) -> Any:
+    eps = torch.finfo(_value(input).dtype).eps if eps is None else eps
+    return _affine(_normalised(input, _last(normalized_shape), eps), weight, None)
+
+
+def _group_norm(input: Proxy, num_groups: int, weight: Any, bias: Any, eps: float, **_: Any) -> Any:
+    shape = [aten.sym_size.int(input, d) if not isinstance(s, int) else s for d, s in enumerate(_value(input).shape)]
+    grouped = aten.reshape.default(input, [shape[0], num_groups, -1])
+    whole = aten.reshape.default(_normalised(_centred(grouped, [-1]), [-1], eps), shape)
+    per_channel = [-1] + [1] * (_value(input).dim() - 2)
+    parts = (p if p is None else aten.reshape.default(p, per_channel) for p in (weight, bias))
+    return _affine(whole, *parts)
+
+
+def _last(normalized_shape: Sequence[int]) -> list[int]:
+    return list(range(-len(normalized_shape), 0))
+
+
+def _centred(x: Proxy, dims: list[int]) -> Any:
+    return aten.sub.Tensor(x, aten.mean.dim(x, dims, True))
+
+
+def _normalised(d: Any, dims: list[int], eps: float) -> Any:
+    power = aten.mean.dim(aten.mul.Tensor(d, d), dims, True)
+    return aten.mul.Tensor(d, aten.rsqrt.default(aten.add.Tensor(power, eps)))
+
+
+def _affine(x: Any, weight: Any, bias: Any) -> Any:
+    x = x if weight is None else aten.mul.Tensor(x, weight)
+    return x if bias is None else aten.add.Tensor(x, bias)
+
+
+def _batch_norm(
+    input: Proxy, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, eps: float, **_: Any
+) -> Any:
+    """In evaluation a constant scale and shift per channel, which `fold` moves into the weights before."""
+    if training or running_mean is None:
+        return None
+    per_channel = [-1] + [1] * (_value(input).dim() - 2)
+    scale = aten.rsqrt.default(aten.add.Tensor(running_var, eps))
+    scale = scale if weight is None else aten.mul.Tensor(scale, weight)
+    shift = aten.neg.default(aten.mul.Tensor(running_mean, scale))
+    shift = shift if bias is None else aten.add.Tensor(shift, bias)
+    return _affine(input, aten.reshape.default(scale, per_channel), aten.reshape.default(shift, per_channel))
+
+
+# --- quotients, powers, softmax ---------------------------------------------------------------------------------
+
+
+def _div(self: Proxy, other: Any) -> Any:
+    return aten.mul.Tensor(self, aten.reciprocal.default(other))
+
+
+def _softmax(self: Proxy, dim: int, **_: Any) -> Any:
+    e = aten.exp.default(_below_peak(self, dim))
+    return aten.mul.Tensor(e, aten.reciprocal.default(aten.sum.dim_IntList(e, [dim], True)))
+
+
+def _log_softmax(self: Proxy, dim: int, **_: Any) -> Any:
+    below = _below_peak(self, dim)
+    return aten.sub.Tensor(below, aten.log.default(aten.sum.dim_IntList(aten.exp.default(below), [dim], True)))
+
+
+def _below_peak(x: Proxy, dim: int) -> Any:
+    return aten.sub.Tensor(x, aten.amax.default(x, [dim], True))
+
+
+def _pow(self: Proxy, exponent: float) -> Any:
+    """Whole powers are products, the powers +-1/2 and -1 functions of their own."""
+    if exponent in _ROOTS:
+        return _ROOTS[exponent](self)
+    if exponent != int(exponent) or exponent < 1:
+        return None
+    result, square, rest = None, self, int(exponent)
+    while rest:
+        if rest % 2:
+            result = square if result is None else aten.mul.Tensor(result, square)
+        rest //= 2
+        square = aten.mul.Tensor(square, square) if rest else square
+    return result
+
+
+_ROOTS = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default, -1: aten.reciprocal.default}
+
+
+def _glu(self: Proxy, dim: int) -> Any:
+    value, gate = (aten.chunk.default(self, 2, dim)[i] for i in range(2))
+    return aten.mul.Tensor(value, aten.sigmoid.default(gate))
+
+
+def _vector_norm(self: Proxy, ord: float, dim: Any, keepdim: bool, **_: Any) -> Any:
+    if ord != 2 or dim is None:
+        return None
+    return aten.sqrt.default(aten.sum.dim_IntList(aten.mul.Tensor(self, self), list(dim), keepdim))
+
+
+def _value(x: Proxy) -> torch.Tensor:
+    value = fake(x.node)
+    assert value is not None
+    return value
+
+
+COMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
+    aten.group_norm.default: _group_norm,
+    aten.batch_norm.default: _batch_norm,
+    aten.div.Tensor: _div,
+    aten.softmax.int: _softmax,
+    aten.log_softmax.int: _log_softmax,
+    aten.pow.Tensor_Scalar: _pow,
+    aten.square.default: lambda self: aten.mul.Tensor(self, self),
+    aten.glu.default: _glu,
+    aten.linalg_vector_norm.default: _vector_norm,
+}
