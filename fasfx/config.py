@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fasfx.errors import ConfigError
-from fasfx.ops.codes import CODES
+from fasfx.ops.codes import CODES, FINEST
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "code": tuple(CODES),
@@ -64,6 +64,7 @@ class SpikeConfig:
     margin: float | None = None
     granularity: Literal["tensor", "channel", "token"] | None = None
     weights: Literal["float", "int8"] = "float"
+    group_size: int | None = None
     skip: tuple[str, ...] = ()
     strict: bool = False
 
@@ -117,6 +118,16 @@ class SpikeConfig:
         if self.schedule == "synchronous" and code.ticking is not None:
             return code.ticking.unit(self.levels) * (steps // self.timesteps if code.ticking.averages else 1)
         return code.capacity(steps, self.levels)
+
+    def group(self, population: int) -> tuple[str, int, int, int | None]:
+        """(code, steps, levels, K or None) of a neuron group whose value so many neurons send on.
+
+        Under the synchronous schedule nothing may depend on T: a group then settles within a tick, as finely as any.
+        """
+        _, steps, _ = self.neuron(population)
+        if self.schedule == "synchronous":
+            steps = next(t for t in range(1, 2**16) if CODES[self.code].error_bound(1.0, t, 24) <= FINEST[self.code])
+        return self.code, steps, self.levels, self.group_size
 
     def neuron(self, population: int = 1) -> tuple[str, int, int]:
         """(code, steps, levels), the arguments every neuron operator takes, for so many neurons per value.

@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
 from fasfx.config import SpikeConfig
+from fasfx.groups import Group
 from fasfx.ledger import Ledger
-from fasfx.ops import LIKE_FIRST
+from fasfx.ops import LIKE_FIRST, NEURONS
 
 FACTS = "fasfx"
 aten = torch.ops.aten
@@ -33,7 +34,7 @@ class Site:
     peak:    largest |value| seen in calibration, shape of the channel dims ([] until observed).
     tail:    99.9th percentile of |value|, largest over the batches; same shape.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
-    population: neurons per value, each with T spikes; 2 where a norm's operands meet (docs/decisions/0009).
+    population: neurons per value, each with T spikes; 2 where it meets another value element by element.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Facts:
     history: list[Ran] = field(default_factory=list)
     tick: str = ""  # the input of a step graph that holds the number of the tick
     states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
+    groups: dict[str, Group] = field(default_factory=dict)  # node -> the neuron group that it is
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # function without tails -> its input's range
     outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
 
     @property
@@ -98,7 +101,7 @@ def facts(gm: GraphModule) -> Facts:
 def copy_program(gm: GraphModule) -> GraphModule:
     """A copy with its own graph and facts that shares every tensor."""
     facts_copy = copy.copy(facts(gm))
-    for name in ("constants", "symbols", "sites"):
+    for name in ("constants", "symbols", "sites", "groups", "ranges"):
         setattr(facts_copy, name, dict(getattr(facts_copy, name)))
     facts_copy.ledger = Ledger(list(facts_copy.ledger.entries))
     facts_copy.declined, facts_copy.history = list(facts_copy.declined), list(facts_copy.history)
@@ -210,7 +213,7 @@ def inherit(node: Node, origin: Node) -> None:
     for key in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
         if key in origin.meta and key not in node.meta:
             node.meta[key] = origin.meta[key]
-    if node.target in LIKE_FIRST and "site" in origin.meta:
+    if node.target in NEURONS and "site" in origin.meta:
         node.meta["site"] = origin.meta["site"]
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from fasfx import ops
+from fasfx.ops.functions import FUNCTIONS
+from fasfx.ops.reductions import REDUCTIONS
 from fasfx.program import add_tensor, arg, attribute, constants, fake
 
 aten = torch.ops.aten
@@ -91,7 +94,19 @@ class Scaler:
             return before is not None and self.absorb(first, before)
         if target is aten.mul.Tensor:
             return self._absorb_into_factor(node, scale)
+        if target is ops.group.op:
+            return scale.numel() == 1 and self._absorb_into_group(node, scale)
         return self._absorb_into_weights(node, scale)
+
+    def _absorb_into_group(self, node: Node, scale: Tensor) -> bool:
+        """A group's neurons weigh as much more; not where something is added to what they give."""
+        function, factor = str(node.args[3]), float(scale)
+        if not REDUCTIONS[FUNCTIONS[function].reduction].scales:
+            return False
+        self.scale_weight(node, 2, scale)
+        for position in (6, 7, 8):  # the tails' slopes and the factor of the gradient
+            node.update_arg(position, arg(node, position) * factor)
+        return True
 
     def _absorb_into_factor(self, node: Node, scale: Tensor) -> bool:
         """x * constant: hand the whole factor on, or change the constant."""

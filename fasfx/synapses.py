@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fasfx import ops
-from fasfx.ops import LIKE_FIRST
+from fasfx.ops import NEURONS
 from fasfx.program import constants, facts, fake
 
 aten = torch.ops.aten
@@ -122,7 +122,7 @@ class Carriers:
     def is_sent(self, node: Any) -> bool:
         """Whether a value comes out of a neuron: as a count, as a firing rate, or decoded by an explicit scale."""
         return isinstance(node, Node) and (
-            node.target in LIKE_FIRST or is_firing_rate(node) or (node.target is aten.mul.Tensor and self._is_decoded(node))
+            node.target in NEURONS or is_firing_rate(node) or (node.target is aten.mul.Tensor and self._is_decoded(node))
         )
 
     def _is_decoded(self, node: Node) -> bool:
@@ -130,11 +130,6 @@ class Carriers:
         sent = [self.is_sent(operand(a)) for a in node.args]
         others = [a for a, s in zip(node.args, sent, strict=True) if not s]
         return len(others) == 1 and (not isinstance(others[0], Node) or others[0] in self._fixed | self.values)
-
-
-def is_norm(node: Node) -> bool:
-    """Whether a product is that of a norm: a value times the reciprocal root of its power."""
-    return node.target is aten.mul.Tensor and any(getattr(a, "target", None) is aten.rsqrt.default for a in node.args)
 
 
 def is_firing_rate(node: Node) -> bool:

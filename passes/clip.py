@@ -103,10 +103,9 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     config, values = facts(gm).config, carried_values(gm)
     gates = {node.name for node in values if _is_product(node, values)}
     theta = {name: _threshold(site, config, name in gates) for name, site in facts(gm).sites.items()}
-    if config.resolved_granularity == "channel":
-        for node, live in synapses(gm):
-            if node.target is aten.matmul.default and len(live) == 2:
-                _couple(theta, node)
+    for node, live in synapses(gm):
+        if node.target is aten.matmul.default and len(live) == 2:
+            _couple(theta, node)
     return theta
 
 

@@ -39,10 +39,11 @@ class Fold(Pass):
         neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if n.args[1] in fixed]
         scales = dict(neuron_to_unit(gm, node) for node in neurons)
         scaler = Scaler(gm)
-        for unit, scale in scales.items():
-            for reader in _readers(unit):
-                if not scale_to_reader(gm, scaler, scales, unit, scale, reader):
-                    _decode_before(gm, unit, scale, reader)
+        for reader in dict.fromkeys(reader for unit in scales for reader in _readers(unit)):
+            units = dict.fromkeys(value for n in reader.all_input_nodes if (value := operand(n)) in scales)
+            if not scale_to_reader(gm, scaler, scales, reader):
+                for unit in units:
+                    _decode_before(gm, unit, scales[unit], reader)
         for unit in scales:
             scale_to_maker(gm, scaler, unit)
         return bool(neurons)
@@ -71,10 +72,10 @@ def _readers(unit: Node) -> list[Node]:
     return found
 
 
-def scale_to_reader(
-    gm: GraphModule, scaler: Scaler, scales: dict[Node, Tensor], unit: Node, scale: Tensor, reader: Node
-) -> bool:
+def scale_to_reader(gm: GraphModule, scaler: Scaler, scales: dict[Node, Tensor], reader: Node) -> bool:
     """Move theta / N behind the synaptic operation that reads the counts; False if it cannot leave the sum."""
+    left, right = (scales.get(operand(v)) if isinstance(v, Node) else None for v in (*reader.args, None)[:2])
+    scale = _ONE if left is None else left
     if reader.target is aten.linear.default and scaler.is_fixed(reader.args[1]) and scale.dim() <= 1:
         scaler.scale_weight(reader, 1, scale)
         return True
@@ -85,18 +86,11 @@ def scale_to_reader(
         _multiply_output(gm, scaler, reader, scale)
         return True
     if reader.target in (aten.matmul.default, aten.mul.Tensor):
-        left, right = operand(reader.args[0]), operand(reader.args[1])
-        if unit is right and left in scales and left is not right:
-            return True  # done together with the left operand, or decoded below if that declined
-        if reader.target is aten.mul.Tensor:
-            _multiply_output(gm, scaler, reader, strip(scales.get(left, _ONE) * scales.get(right, _ONE)))
-            return True
-        outer = product_scale(scales.get(left), scales.get(right))
+        element_wise = reader.target is aten.mul.Tensor
+        outer = strip(scale * (_ONE if right is None else right)) if element_wise else product_scale(left, right)
         if outer is not None:
             _multiply_output(gm, scaler, reader, outer)
             return True
-        if left in scales and right in scales and left is not right:
-            _decode_before(gm, right, scales[right], reader)
     return False
 
 

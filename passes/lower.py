@@ -4,6 +4,7 @@ Sequential, one pass through the graph instead of T:
 fire(u, N)  ->  count(u)            (static thresholds: u is in count units)
 fire(x, theta)  ->  count(x * (N / theta)) * (theta / N)   (dynamic thresholds)
 Synchronous: the step graph of fasfx.step, called once per tick.
+group(x)  ->  lookup(x)   (its closed form)
 Dropout goes: a lowered program is for inference.
 """
 
@@ -13,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.program import constants, facts, insert
+from fasfx.program import add_tensor, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.step import make_step_graph
 
@@ -36,7 +37,23 @@ class Lower(Pass):
             make_step_graph(gm)
         else:
             close(gm)
+        look_up(gm)
         return True
+
+
+def look_up(gm: GraphModule) -> None:
+    """Replace every group by its table, under both schedules: a group settles within a tick."""
+    program = facts(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=ops.group.op):
+        x, edges, _, function, _, _, left, right, scale, *_ = node.args
+        found = program.groups.pop(node.name)
+        table = (found.table * scale).to(attribute(gm, str(edges.target)))
+        low, high = (float(found.edges[end]) for end in (0, -1))
+        stored = add_tensor(gm, f"table_{function}", table, node)
+        result = insert(gm, node, node, ops.lookup.op, x, stored, function, low, high, left, right, scale)
+        program.groups[result.name] = found
+        node.replace_all_uses_with(result)
+        gm.graph.erase_node(node)
 
 
 def close(gm: GraphModule) -> None:

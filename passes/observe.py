@@ -13,7 +13,7 @@ from fasfx.errors import CalibrationError
 from fasfx.levels import is_skipped
 from fasfx.program import Site, describe, facts, module_path
 from fasfx.runner import Pass
-from fasfx.synapses import channel_dims, is_norm, non_negative, operand, reduce_peak, synapses
+from fasfx.synapses import channel_dims, non_negative, operand, reduce_peak, synapses
 
 aten = torch.ops.aten
 TAIL = 0.999  # threshold="percentile" takes this quantile of |value|
@@ -62,7 +62,7 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
             continue
         for position in live:
             value = operand(node.args[position])
-            channel, population = channel_dims(node, position), 2 if is_norm(node) else 1
+            channel, population = channel_dims(node, position), 2 if node.target is aten.mul.Tensor else 1
             if value.name in sites:
                 sites[value.name].population = max(population, sites[value.name].population)
                 kept = set(sites[value.name].channel) & set(channel)

@@ -1,15 +1,30 @@
-"""CLIPPED -> SPIKING: clipped values become spiking neurons that send T spikes."""
+"""CLIPPED -> SPIKING: clipped values become spiking neurons, functions of one variable neuron groups.
+
+qcfs(x, theta)  ->  fire(x, theta)
+f(x)  ->  group(x)   (nonlinear="spiking"; f: any row of fasfx.ops.functions, or one of the user's)
+What a function is left in float for is noted with the reason.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.ledger import Exact
+from fasfx.groups import Group, bound_formula, group
+from fasfx.ledger import Bound, Entry, Exact
+from fasfx.levels import is_skipped
+from fasfx.ops.functions import FUNCTIONS, OPERATORS, function_of
+from fasfx.program import Declined, add_tensor, facts, fake, insert, module_path
 from fasfx.rewrite import rewrite
 from fasfx.runner import Pass
+from fasfx.synapses import carried_values
+
+aten = torch.ops.aten
+_OF_POSITIONS = {aten.sin.default, aten.cos.default}  # also made into groups where they make rotary tables
 
 
 @rewrite(
@@ -28,7 +43,74 @@ def qcfs_to_fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, s
 
 
 class Substitute(Pass):
-    """Every qcfs becomes a neuron of the same code."""
+    """Every qcfs becomes a neuron of the same code, every function of one variable a group of them.
 
-    name, takes, gives = "substitute", "CLIPPED", "SPIKING"
+    Error:  that of a group is certified (fasfx.groups) and in the ledger, in closed form in T and K.
+    Source: universal group operators, STA, ICLR 2024.
+    """
+
+    name, takes, gives, numerics = "substitute", "CLIPPED", "SPIKING", "ledger"
     rules = (qcfs_to_fire,)
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """The rule, then the functions."""
+        changed = super().rewrite(gm)
+        if facts(gm).config.nonlinear == "spiking":
+            changed |= functions_to_groups(gm)
+        return changed
+
+
+def functions_to_groups(gm: GraphModule) -> bool:
+    """Every function on values, outside skipped modules; True if there was one."""
+    values, changed = carried_values(gm), False
+    for node in [n for n in gm.graph.nodes if n.target in OPERATORS]:
+        if not (node in values or node.target in _OF_POSITIONS) or is_skipped(gm, node):
+            continue
+        name = function_of(node.target, _further_arguments(node))
+        if name is None:
+            reason = f"no group is known for {node.target} with these arguments: register_function takes yours"
+            facts(gm).declined.append(Declined("substitute", "function_to_group", node.name, reason))
+            continue
+        _to_group(gm, node, name)
+        changed = True
+    return changed
+
+
+def _further_arguments(node: Node) -> dict[str, Any]:
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    return {**dict(zip(names[1:], node.args[1:], strict=False)), **node.kwargs}
+
+
+def _to_group(gm: GraphModule, node: Node, name: str) -> None:
+    function, span = FUNCTIONS[name], facts(gm).ranges.get(node.name)
+    population = max((facts(gm).sites[u.meta["site"]].population for u in node.users if "site" in u.meta), default=1)
+    found = group(name, *facts(gm).config.group(population), span if function.needs_range else None)
+    left, right = (tail[0] if tail else 0.0 for tail in (function.left, function.right))
+    edges, values = (_shared(gm, f"group_{name}_{found.size}_{key}", getattr(found, key), node) for key in ("edges", "values"))
+    place = (name, found.unit, found.rest, left, right, 1.0, found.code, found.steps)
+    result = insert(gm, node, node, ops.group.op, node.args[0], edges, values, *place)
+    facts(gm).groups[result.name] = found
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    _note(gm, node, result, found)
+
+
+def _shared(gm: GraphModule, name: str, value: Tensor, node: Node) -> Node:
+    """One stored tensor for all groups of a function; half precision computes in float32."""
+    given = fake(node)
+    assert given is not None
+    dtype = given.dtype if given.dtype.itemsize >= 4 else torch.float32
+    for read in gm.graph.find_nodes(op="get_attr"):
+        if read.target == name:
+            return read
+    return add_tensor(gm, name, value.to(dtype=dtype, device=given.device), node)
+
+
+def _note(gm: GraphModule, node: Node, result: Node, found: Group) -> None:
+    function = FUNCTIONS[found.function]
+    where = "calibrated range" if function.needs_range else "all inputs"
+    relative = ", relative to the power of two" if function.reduction in ("exp", "reciprocal", "rsqrt", "sqrt") else ""
+    bound = Bound(bound_formula(found), f"{where}{relative}; K = {found.size}; but for float rounding")
+    entry = Entry("substitute", f"group_{found.function}", result.name, module_path(node), bound, found.bound)
+    facts(gm).ledger.add(entry)

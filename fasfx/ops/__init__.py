@@ -1,9 +1,11 @@
 """Custom operators: one file each, with shape rule, closed or stepwise form, gradient and ONNX form."""
 
-from fasfx.ops import count, fire, qcfs, tick
+from fasfx.ops import count, fire, group, lookup, qcfs, tick
 from fasfx.ops.codes import CODES, Code
 
 # The shape rule of every operator here: the result is like its first argument.
-LIKE_FIRST = frozenset({qcfs.op, fire.op, count.op, tick.op})
+NEURONS = frozenset({qcfs.op, fire.op, count.op, tick.op})
+GROUPS = frozenset({group.op, lookup.op})
+LIKE_FIRST = NEURONS | GROUPS
 
-__all__ = ["CODES", "LIKE_FIRST", "Code", "count", "fire", "qcfs", "tick"]
+__all__ = ["CODES", "GROUPS", "LIKE_FIRST", "NEURONS", "Code", "count", "fire", "group", "lookup", "qcfs", "tick"]

@@ -108,3 +108,5 @@ MULTI = Code(
     source="ECMT, arXiv 2502.21193; the nearest power of two in the linear sense quarters the worst case",
 )
 CODES: dict[str, Code] = {code.name: code for code in (MULTI, RADIX, RATE)}
+# The error of a neuron group, as a share of its range, below which no T asks it to go.
+FINEST = {"multi": 2.0**-14, "radix": 2.0**-14, "rate": 2.0**-12}

@@ -1,0 +1,161 @@
+"""Bringing any float into the interval of a group, and back: shifts of the exponent, whole periods.
+
+split: x -> (z, k), z in the core's interval; join: (core(z), k, x) -> f(x). Multiplying by 2^k is a shift.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+from onnxscript import opset18 as onnx
+from torch import Tensor
+
+_BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}  # integer, mantissa, bias
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """split and join in torch; `scale` of a result passes through the core unless it is added to afterwards."""
+
+    split: Callable[[Tensor], tuple[Tensor, Any]]
+    join: Callable[[Tensor, Any], Tensor]
+    scales: bool = True
+
+
+def power_of_two(k: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^k for whole k, by writing the exponent's bits; 0 below the normal range, infinity above."""
+    integer, mantissa, bias = _BITS[dtype]
+    return (k.clamp(-bias, bias + 1).to(integer) + bias).bitwise_left_shift(mantissa).view(dtype)
+
+
+def shifted(y: Tensor, k: Tensor) -> Tensor:
+    """y * 2^k in two halves, so that neither leaves the range before the product does."""
+    half = torch.floor(k / 2)
+    return y * power_of_two(half, y.dtype) * power_of_two(k - half, y.dtype)
+
+
+def _exp_split(x: Tensor) -> tuple[Tensor, Tensor]:
+    bias = _BITS[x.dtype][2]
+    t = (x * math.log2(math.e)).clamp(-bias - 1.0, bias + 1.0)
+    k = torch.floor(t)
+    return t - k, k
+
+
+def _mantissa(x: Tensor) -> tuple[Tensor, Tensor]:
+    """z in [1, 2) and the exponent; below the normal range, 0 and negative numbers count as its smallest."""
+    m, e = torch.frexp(x.clamp(torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max))
+    return 2 * m, (e - 1).to(x.dtype)
+
+
+def _reciprocal_split(x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    z, k = _mantissa(x.abs())
+    return z, (k, torch.where(x < 0, -1.0, 1.0).to(x.dtype))
+
+
+def _root_split(x: Tensor) -> tuple[Tensor, Tensor]:
+    z, e = _mantissa(x)
+    k = torch.floor(e / 2)
+    return z * (1 + e - 2 * k), k
+
+
+def _period_split(x: Tensor) -> tuple[Tensor, None]:
+    turns = x / (2 * math.pi)
+    return turns - torch.floor(turns), None
+
+
+REDUCTIONS: dict[str, Reduction] = {
+    "none": Reduction(lambda x: (x, None), lambda y, _: y),
+    "exp": Reduction(_exp_split, lambda y, k: y * power_of_two(k, y.dtype)),
+    "reciprocal": Reduction(_reciprocal_split, lambda y, parts: shifted(y, -parts[0]) * parts[1]),
+    "rsqrt": Reduction(_root_split, lambda y, k: y * power_of_two(-k, y.dtype)),
+    "sqrt": Reduction(_root_split, lambda y, k: y * power_of_two(k, y.dtype)),
+    "log": Reduction(_mantissa, lambda y, k: y + k * math.log(2), scales=False),
+    "period": Reduction(_period_split, lambda y, _: y),
+}
+
+
+# --- the same in ONNX; powers of two come from a table, exponents from a logarithm put right --------------------
+
+
+def onnx_split(reduction: str, x: Any, kind: Any) -> tuple[Any, Any]:
+    """(z, k) of an ONNX value of this numpy dtype."""
+    if reduction == "none":
+        return x, None
+    if reduction == "period":
+        turns = onnx.Div(x, _constant(2 * math.pi, kind))
+        return onnx.Sub(turns, onnx.Floor(turns)), None
+    if reduction == "exp":
+        bias = _bias(kind)
+        t = onnx.Clip(onnx.Mul(x, _constant(math.log2(math.e), kind)), _constant(-bias - 1, kind), _constant(bias + 1, kind))
+        k = onnx.Floor(t)
+        return onnx.Sub(t, k), k
+    size = onnx.Abs(x) if reduction == "reciprocal" else x
+    size = onnx.Clip(size, _constant(np.finfo(kind).tiny, kind), _constant(np.finfo(kind).max, kind))
+    z, e = _onnx_mantissa(size, kind)
+    if reduction == "log":
+        return z, e
+    if reduction == "reciprocal":
+        negative = onnx.Less(x, _constant(0, kind))
+        return z, (e, onnx.Where(negative, _constant(-1, kind), _constant(1, kind)))
+    k = onnx.Floor(onnx.Mul(e, _constant(0.5, kind)))
+    odd = onnx.Sub(e, onnx.Mul(k, _constant(2, kind)))
+    return onnx.Mul(z, onnx.Add(odd, _constant(1, kind))), k
+
+
+def onnx_join(reduction: str, y: Any, k: Any, kind: Any) -> Any:
+    """f(x) from the core's value."""
+    if reduction in ("none", "period"):
+        return y
+    if reduction == "log":
+        return onnx.Add(y, onnx.Mul(k, _constant(math.log(2), kind)))
+    if reduction == "reciprocal":
+        return onnx.Mul(_onnx_shifted(y, onnx.Neg(k[0]), kind), k[1])
+    return onnx.Mul(y, _onnx_power(onnx.Neg(k) if reduction == "rsqrt" else k, kind))
+
+
+def _onnx_mantissa(size: Any, kind: Any) -> tuple[Any, Any]:
+    """z in [1, 2) and the exponent; the logarithm may round across a power of two, so both are put right."""
+    e = onnx.Floor(onnx.Mul(onnx.Log(size), _constant(1 / math.log(2), kind)))
+    z = _onnx_shifted(size, onnx.Neg(e), kind)
+    one, two = _constant(1, kind), _constant(2, kind)
+    up = onnx.Cast(onnx.GreaterOrEqual(z, two), to=_onnx_type(kind))
+    down = onnx.Cast(onnx.Less(z, one), to=_onnx_type(kind))
+    z = onnx.Mul(z, onnx.Sub(onnx.Add(one, down), onnx.Mul(up, _constant(0.5, kind))))
+    return z, onnx.Sub(onnx.Add(e, up), down)
+
+
+def _onnx_shifted(y: Any, k: Any, kind: Any) -> Any:
+    half = onnx.Floor(onnx.Mul(k, _constant(0.5, kind)))
+    return onnx.Mul(onnx.Mul(y, _onnx_power(half, kind)), _onnx_power(onnx.Sub(k, half), kind))
+
+
+def _onnx_power(k: Any, kind: Any) -> Any:
+    bias = _bias(kind)
+    with np.errstate(over="ignore"):
+        powers = np.exp2(np.arange(-bias, bias + 2, dtype=np.float64)).astype(kind)
+    powers[0] = 0  # below the normal range
+    index = onnx.Clip(onnx.Add(k, _constant(bias, kind)), _constant(0, kind), _constant(2 * bias + 1, kind))
+    return onnx.Gather(_tensor(powers), onnx.Cast(index, to=onnx_ir.DataType.INT32))
+
+
+def _bias(kind: Any) -> int:
+    return int(-np.finfo(kind).minexp + 1)
+
+
+def _onnx_type(kind: Any) -> Any:
+    return onnx_ir.DataType.from_numpy(np.dtype(kind))
+
+
+def _constant(value: float, kind: Any) -> Any:
+    return _tensor(np.array(value, kind))
+
+
+def _tensor(value: Any) -> Any:
+    constant: Any = onnx_ir.tensor(value)
+    return onnx.Constant(value=constant)
