@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fasfx.equivalence import Equivalence, check
     from fasfx.model import SpikingModel
     from fasfx.quantizer import SpikeQuantizer
+    from fasfx.registration import register_function
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "convert",
     "errors",
     "passes",
+    "register_function",
     "runtime",
     "tools",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "SpikingModel": "model",
     "check": "equivalence",
     "convert": "conversion",
+    "register_function": "registration",
 }
 
 

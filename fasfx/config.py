@@ -15,7 +15,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "schedule": ("sequential", "synchronous"),
     "coverage": ("matmul", "activation"),
     "activation": ("keep", "replace"),
-    "nonlinear": ("exact", "spiking"),
+    "nonlinear": ("spiking", "exact"),
     "threshold": ("max", "percentile"),
     "granularity": (None, "tensor", "channel", "token"),
     "weights": ("float", "int8"),
@@ -24,7 +24,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 _LATER: dict[tuple[str, object], str] = {
     ("coverage", "activation"): 'use coverage="matmul"',
     ("activation", "replace"): 'use activation="keep"',
-
     ("weights", "int8"): 'use weights="float"',
 }
 MAX_RADIX_STEPS = 24  # a count must be exact in float32
@@ -41,14 +40,17 @@ class SpikeConfig:
     schedule:    "sequential": a layer starts when its input is complete; closed form, latency depth * T.
                  "synchronous": all layers tick together, an answer after every tick, latency T; not for radix.
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
-    nonlinear:   "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
+    nonlinear:   "spiking": functions are neuron groups, norms, gates and quotients products of spikes.
+                 "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
     margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, timesteps / 6 (at least 1) for radix,
                  whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else.
+    group_size:  neurons of every group; None: for each function the fewest that are exact enough at this T.
     skip:        regular expressions (re.search) on module paths whose operators stay as they are.
-    strict:      raise CoverageError if any multiply-accumulate is not spike-driven.
+    strict:      raise CoverageError if any operator that is not free is not spike-driven; with nonlinear="exact",
+                 if any multiply-accumulate is not.
 
     Raises ConfigError for a value outside these.
     """
@@ -59,7 +61,7 @@ class SpikeConfig:
     schedule: Literal["sequential", "synchronous"] = "sequential"
     coverage: Literal["matmul", "activation"] = "matmul"
     activation: Literal["keep", "replace"] = "keep"
-    nonlinear: Literal["exact", "spiking"] = "exact"
+    nonlinear: Literal["spiking", "exact"] = "spiking"
     threshold: Literal["max", "percentile"] = "max"
     margin: float | None = None
     granularity: Literal["tensor", "channel", "token"] | None = None
@@ -79,6 +81,8 @@ class SpikeConfig:
             raise ConfigError(
                 f"timesteps={self.timesteps}: a radix count of more than {MAX_RADIX_STEPS} steps is not exact"
             )
+        if self.group_size is not None:
+            _check_integer("group_size", self.group_size, 2, 4096)
         if self.schedule == "synchronous" and CODES[self.code].ticking is None:
             ticking = ", ".join(repr(name) for name, code in CODES.items() if code.ticking)
             raise ConfigError(f"code={self.code!r} has no synchronous schedule: choose one of {ticking}")

@@ -11,53 +11,90 @@ from torch.fx import GraphModule, Node
 from fasfx import ops
 from fasfx.errors import CoverageError
 from fasfx.levels import is_skipped
-from fasfx.program import constants, facts, fake, module_path, operators
+from fasfx.program import arg, constants, facts, fake, module_path, operators
 from fasfx.synapses import MOVES, PRODUCT, SYNAPSES, UNSUPPORTED_WORDS, Carriers, is_firing_rate, operand, synapses
 
 if TYPE_CHECKING:
     import pandas
 
 aten = torch.ops.aten
-SYNAPSE, FLOAT = "synapse", "float"
-# Linear in their input, or arithmetic on positions and masks: additions of currents and constant factors.
-_FREE = {
-    aten.add.Tensor,
-    aten.sub.Tensor,
-    aten.rsub.Scalar,
-    aten.neg.default,
-    aten.sum.dim_IntList,
-    aten.cat.default,
+SYNAPSE, FUNCTION, FLOAT, TABLE = "synapse", "function", "float", "table"
+# What counts as free, and why: the one table that decides it (docs/concepts.md says the same in words).
+FREE: dict[str, frozenset[Any]] = {
+    "moves values, or looks them up": frozenset(MOVES)
+    | {
+        aten.embedding.default,
+        aten.index.Tensor,
+        aten.gather.default,
+        aten.index_select.default,
+        aten.stack.default,
+        aten.cat.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.where.self,
+        aten.where.ScalarOther,
+        aten.masked_fill.Scalar,
+        aten.masked_fill.Tensor,
+        aten.repeat_interleave.self_int,
+        aten.constant_pad_nd.default,
+        aten.pad.default,
+        aten.roll.default,
+        aten.flip.default,
+        aten.copy.default,
+        aten.index_put.default,
+        aten.index_add.default,
+        aten.to.dtype,
+        aten.nan_to_num.default,
+    },
+    "adds currents": frozenset(
+        {
+            aten.add.Tensor,
+            aten.sub.Tensor,
+            aten.rsub.Scalar,
+            aten.neg.default,
+            aten.sum.default,
+            aten.sum.dim_IntList,
+            aten.mean.default,
+            aten.mean.dim,
+            aten.cumsum.default,
+            aten.avg_pool2d.default,
+            aten.adaptive_avg_pool2d.default,
+        }
+    ),
+    "compares: a rectifier, or a group whose winner silences the others": frozenset(
+        {
+            aten.relu.default,
+            aten.relu6.default,
+            aten.leaky_relu.default,
+            aten.hardtanh.default,
+            aten.hardsigmoid.default,
+            aten.abs.default,
+            aten.clamp.default,
+            aten.clamp_min.default,
+            aten.clamp_max.default,
+            aten.amax.default,
+            aten.amin.default,
+            aten.max.dim,
+            aten.maximum.default,
+            aten.minimum.default,
+            aten.max_pool2d.default,
+        }
+    ),
+    "is a neuron": ops.NEURONS,
 }
-_FREE |= MOVES | {
-    aten.embedding.default,
-    aten.index.Tensor,
-    aten.gather.default,
-    aten.stack.default,
-    aten.index_select.default,
-}
-_FREE |= {aten.where.ScalarOther, aten.where.self, aten.masked_fill.Scalar, aten.repeat_interleave.self_int}
-_FREE |= {
-    aten.split.Tensor,
-    aten.chunk.default,
-    aten.unbind.int,
-    aten.split_with_sizes.default,
-    ops.count.op,
-    ops.fire.op,
-    ops.tick.op,
-}
-_FREE |= {
-    aten.to.dtype,
-    aten.nan_to_num.default,
-    aten.copy.default,
-    aten.constant_pad_nd.default,
-    aten.pad.default,
-    aten.roll.default,
-}
+_FUNCTION = {ops.group.op: 3, ops.lookup.op: 2}  # which argument names the function
+_FREE = frozenset[Any]().union(*FREE.values())
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operator: kind "synapse" or "float", multiply-accumulates at the captured shape, why not spike-driven."""
+    """One operator: its kind, multiply-accumulates at the captured shape, and why it is not spike-driven.
+
+    kind: "synapse" (products of values among them), "function" (one variable, sent by a neuron group), "float", or
+    "table" (computed from positions, sizes or masks alone, which counts neither way).
+    """
 
     node: str
     module: str
@@ -81,6 +118,12 @@ class Coverage:
         return sum(row.macs for row in self.rows if row.spike_driven) / total if total else 1.0
 
     @property
+    def spike_driven_operators(self) -> float:
+        """Share of the operators that are not free, synapses and non-linear functions, that spikes drive (1: all)."""
+        counted = [row for row in self.rows if row.kind != TABLE]
+        return sum(row.spike_driven for row in counted) / len(counted) if counted else 1.0
+
+    @property
     def float_operators(self) -> list[str]:
         """Names of the operators on values that stay in float, most frequent first: not spike-driven."""
         names = [row.operator for row in self.rows if row.kind == FLOAT]
@@ -88,7 +131,7 @@ class Coverage:
 
     @property
     def table(self) -> pandas.DataFrame:
-        """One row per synaptic and per float operator."""
+        """One row per operator that is not free (FREE in this module)."""
         import pandas
 
         return pandas.DataFrame([vars(row) for row in self.rows], columns=list(Row.__annotations__))
@@ -98,8 +141,8 @@ class Coverage:
 
     def __str__(self) -> str:
         return (
-            f"{self.spike_driven_macs:.2%} of multiply-accumulates are spike-driven; "
-            f"float operators: {', '.join(self.float_operators) or 'none'}"
+            f"{self.spike_driven_macs:.2%} of multiply-accumulates and {self.spike_driven_operators:.2%} of operators "
+            f"are spike-driven; float operators: {', '.join(self.float_operators) or 'none'}"
         )
 
 
@@ -110,14 +153,21 @@ def coverage(gm: GraphModule) -> Coverage:
     for node in operators(gm):
         if node in live:
             rows.append(_synapse_row(gm, carriers, node, live[node]))
+        elif node.target in ops.GROUPS:
+            why = f"{facts(gm).groups[node.name].size} neurons"
+            rows.append(Row(node.name, module_path(node), str(arg(node, _FUNCTION[node.target])), FUNCTION, 0, True, why))
         elif node not in fixed and _is_float_work(node):
-            rows.append(_float_row(node, node in carriers.values))
+            rows.append(_float_row(gm, node, node in carriers.values))
     return Coverage(tuple(rows))
 
 
-def require_full(found: Coverage) -> None:
-    """Raise CoverageError naming up to five operators with multiply-accumulates that spikes do not drive."""
-    bad = [row for row in found.rows if not row.spike_driven and (row.kind == SYNAPSE or row.macs)]
+def require_full(found: Coverage, exact: bool) -> None:
+    """Raise CoverageError naming up to five operators that spikes do not drive.
+
+    exact: the user asked for float functions (nonlinear="exact"), so only multiply-accumulates are held against it.
+    """
+    left = [row for row in found.rows if not row.spike_driven and row.kind != TABLE]
+    bad = [row for row in left if row.kind == SYNAPSE or row.macs or not exact]
     if bad:
         listed = "\n  ".join(
             f"{row.node} ({row.operator}) in {row.module or 'the model'}: {row.reason}" for row in bad[:5]
@@ -135,18 +185,30 @@ def _synapse_row(gm: GraphModule, carriers: Carriers, node: Node, positions: tup
     return Row(node.name, module_path(node), _name(node), SYNAPSE, macs, not missing, reason)
 
 
-def _float_row(node: Node, on_values: bool) -> Row:
-    unsupported = on_values and any(word in str(node.target) for word in UNSUPPORTED_WORDS)
-    reason = "not sent as spikes by this version" if unsupported else "evaluated in float (nonlinear='exact')"
-    reason = reason if on_values else "computed from positions, sizes or masks alone"
+def _float_row(gm: GraphModule, node: Node, on_values: bool) -> Row:
+    if not on_values:
+        reason = "computed from positions, sizes or masks alone"
+        return Row(node.name, module_path(node), _name(node), TABLE, 0, False, reason)
+    unsupported = any(word in str(node.target) for word in UNSUPPORTED_WORDS)
     macs = _number(fake(node).numel()) if unsupported and fake(node) is not None else 0  # type: ignore[union-attr]
-    return Row(node.name, module_path(node), _name(node), FLOAT, macs, False, reason)
+    return Row(node.name, module_path(node), _name(node), FLOAT, macs, False, _why_float(gm, node, unsupported))
+
+
+def _why_float(gm: GraphModule, node: Node, unsupported: bool) -> str:
+    if is_skipped(gm, node):
+        return "its module is in config.skip"
+    if facts(gm).config.nonlinear == "exact" and not unsupported:
+        return "evaluated in float (nonlinear='exact')"
+    declined = [d.reason for d in facts(gm).declined if d.node == node.name]
+    return declined[-1] if declined else "no spiking form of it is known to this version"
 
 
 def _is_float_work(node: Node) -> bool:
     """Whether a node computes new floating point values from values: not free, not a constant factor."""
     value = fake(node)
     if value is None or not value.is_floating_point() or node.target in _FREE or is_firing_rate(node):
+        return False
+    if node.target is aten.div.Tensor and not isinstance(node.args[1], Node):
         return False
     if node.target is aten.mul.Tensor:
         return all(isinstance(a, Node) and a.op != "get_attr" for a in node.args)

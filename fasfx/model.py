@@ -49,7 +49,7 @@ class SpikingModel(nn.Module):
         lowered = Runner([Clip(), Substitute(), Fold(), Lower()], after=after).run(ranged)
         found = coverage(lowered)
         if facts(ranged).config.strict:
-            require_full(found)
+            require_full(found, facts(ranged).config.nonlinear == "exact")
         self.ranged, self.graph_module, self.coverage = ranged, lowered, found
         self._steps = StepGraph(lowered) if facts(ranged).config.schedule == "synchronous" else None
         _freeze(lowered)

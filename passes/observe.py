@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx.errors import CalibrationError
 from fasfx.levels import is_skipped
+from fasfx.ops.functions import FUNCTIONS, OPERATORS
 from fasfx.program import Site, describe, facts, module_path
 from fasfx.runner import Pass
 from fasfx.synapses import channel_dims, non_negative, operand, reduce_peak, synapses
@@ -35,7 +37,7 @@ class Observe(Pass):
 
     def rewrite(self, gm: GraphModule) -> bool:
         """Fill `facts(gm).sites`."""
-        facts(gm).sites = find_sites(gm)
+        facts(gm).sites, facts(gm).ranges = find_sites(gm), {}
         watcher, done = _Watcher(gm), 0
         names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
         for batch in self._batches:
@@ -96,13 +98,23 @@ class _Watcher(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self._sites, self.batch = facts(gm).sites, 0
+        self._ranges = facts(gm).ranges
+        self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
         self._tails = facts(gm).config.threshold == "percentile"
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if (site := self._sites.get(n.name)) is not None:
             self._record(site, value, n)
+        if n in self._open:
+            self._widen(n)
         return value
+
+    def _widen(self, node: Node) -> None:
+        """The range of the input of a function without tails."""
+        low, high = self.env[node.args[0]].aminmax()
+        seen = self._ranges.get(node.name, (math.inf, -math.inf))
+        self._ranges[node.name] = (min(seen[0], float(low)), max(seen[1], float(high)))
 
     def _record(self, site: Site, value: Tensor, node: Node) -> None:
         depth = max((-d for d in site.channel), default=0)

@@ -83,9 +83,11 @@ def _further_arguments(node: Node) -> dict[str, Any]:
 
 
 def _to_group(gm: GraphModule, node: Node, name: str) -> None:
-    function, span = FUNCTIONS[name], facts(gm).ranges.get(node.name)
+    function, span = FUNCTIONS[name], None
     population = max((facts(gm).sites[u.meta["site"]].population for u in node.users if "site" in u.meta), default=1)
-    found = group(name, *facts(gm).config.group(population), span if function.needs_range else None)
+    if function.needs_range:
+        span = _with_headroom(*facts(gm).ranges[node.name])
+    found = group(name, *facts(gm).config.group(population), span)
     left, right = (tail[0] if tail else 0.0 for tail in (function.left, function.right))
     edges, values = (_shared(gm, f"group_{name}_{found.size}_{key}", getattr(found, key), node) for key in ("edges", "values"))
     place = (name, found.unit, found.rest, left, right, 1.0, found.code, found.steps)
@@ -94,6 +96,12 @@ def _to_group(gm: GraphModule, node: Node, name: str) -> None:
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     _note(gm, node, result, found)
+
+
+def _with_headroom(low: float, high: float) -> tuple[float, float]:
+    """The range seen, half as wide again at both ends, but not across 0: the function may end there."""
+    spare = (high - low) / 2
+    return (max(low - spare, 0.0) if low >= 0 else low - spare, min(high + spare, 0.0) if high <= 0 else high + spare)
 
 
 def _shared(gm: GraphModule, name: str, value: Tensor, node: Node) -> Node:

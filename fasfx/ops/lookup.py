@@ -13,7 +13,7 @@ from torch import Tensor
 from fasfx.ops.functions import FUNCTIONS
 from fasfx.ops.group import like_function, with_ramps
 from fasfx.ops.library import LIBRARY
-from fasfx.ops.reductions import REDUCTIONS, onnx_join, onnx_split
+from fasfx.ops.reductions import REDUCTIONS, onnx_join, onnx_split, onnx_take
 
 LIBRARY.define(
     "lookup(Tensor x, Tensor table, str function, float low, float high, float left, float right, float scale) -> Tensor"
@@ -55,8 +55,7 @@ def onnx_lookup(
         return onnx.Constant(value=constant)
 
     position = onnx.Mul(onnx.Sub(z, number(low)) if low else z, number(cells / (high - low)))
-    index = onnx.Cast(onnx.Clip(position, number(0), number(cells)), to=onnx_ir.DataType.INT32)
-    y = onnx.Gather(table, index)
+    y = onnx_take(table, onnx.Clip(position, number(0), number(cells)))
     if right:
         y = onnx.Add(y, onnx.Mul(onnx.Relu(z), number(right)) if right != 1 else onnx.Relu(z))
     if left:

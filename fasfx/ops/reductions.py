@@ -141,7 +141,17 @@ def _onnx_power(k: Any, kind: Any) -> Any:
         powers = np.exp2(np.arange(-bias, bias + 2, dtype=np.float64)).astype(kind)
     powers[0] = 0  # below the normal range
     index = onnx.Clip(onnx.Add(k, _constant(bias, kind)), _constant(0, kind), _constant(2 * bias + 1, kind))
-    return onnx.Gather(_tensor(powers), onnx.Cast(index, to=onnx_ir.DataType.INT32))
+    return onnx_take(_tensor(powers), index)
+
+
+def onnx_take(table: Any, index: Any) -> Any:
+    """table[index] for a table of rank 1 and an index in float.
+
+    GatherElements on flat indices: ONNX Runtime's Gather takes nine times as long for single numbers.
+    """
+    whole = onnx.Cast(index, to=onnx_ir.DataType.INT32)
+    flat = onnx.Reshape(whole, _tensor(np.array([-1], np.int64)))
+    return onnx.Reshape(onnx.GatherElements(table, flat, axis=0), onnx.Shape(whole))
 
 
 def _bias(kind: Any) -> int:
