@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fasfx.capture import capture
 from fasfx.config import MAX_LEVELS, SpikeConfig
-from fasfx.ops import CODES, LIKE_FIRST, Code
+from fasfx.ops import CODES, NEURONS, Code
 from fasfx.passes import Clip, Fold, Lower, Normalise, Observe, Substitute, clip
 from fasfx.program import facts
 from fasfx.runner import Runner
@@ -325,6 +325,7 @@ def configs(**fixed: Any) -> st.SearchStrategy[SpikeConfig]:
         "timesteps": st.integers(1, 6),
         "levels": st.integers(4, 20),
         "granularity": st.sampled_from(("tensor", "channel", "token")),
+        "nonlinear": st.just("exact"),  # neuron groups have properties of their own: test_groups.py, test_spiking.py
         "margin": st.just(1.37),  # with 1.2 or 2 the calibrated maximum can sit on a rounding tie
     }
     return st.builds(SpikeConfig, **(options | {k: st.just(v) for k, v in fixed.items()}))
@@ -354,7 +355,7 @@ def round_peaks(ranged: GraphModule) -> None:
     """Peaks become N * 4^k: then N / theta and the square roots of coupled thresholds are exact (margin 1)."""
     config = facts(ranged).config
     assert config.margin == 1
-    top = config.unit
+    top = config.unit(config.timesteps)
     for site in facts(ranged).sites.values():
         if site.fixed is None and site.peak is not None:
             exponents = torch.log2(site.peak.clamp(min=2.0**-20) / top).div(2).round()
@@ -371,7 +372,7 @@ class Recorder(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if n.target in LIKE_FIRST:
+        if n.target in NEURONS:
             config = facts(self.module).config
             top = CODES[config.code].capacity(config.timesteps, config.levels)
             args = self.map_nodes_to_values(n.args, n)

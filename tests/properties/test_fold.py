@@ -41,7 +41,7 @@ def test_exact_sums_keep_every_count(name: str, code: str) -> None:
         pytest.skip("exponentials have threshold 1, and 1 / (2^T - 1) is not exact")
     made = exact_net(name)
     for granularity in STATIC:
-        config = SpikeConfig(code=code, timesteps=STEPS[code], levels=8, granularity=granularity, margin=1)
+        config = SpikeConfig(nonlinear="exact", code=code, timesteps=STEPS[code], levels=8, granularity=granularity, margin=1)
         assert_same_spikes(stages(made, config, exact=True), made.batch, exact=True)
 
 
@@ -66,7 +66,7 @@ def test_other_inputs_and_batch_sizes_agree_too(made: Net, config: SpikeConfig) 
 def test_error_falls_to_zero(name: str, granularity: str) -> None:
     """With many steps the folded network is the original: nothing was scaled twice, or not at all."""
     made = net(name, seed=1)
-    config = SpikeConfig(code="radix", timesteps=20, granularity=granularity)
+    config = SpikeConfig(nonlinear="exact", code="radix", timesteps=20, granularity=granularity)
     snn = fasfx.convert(made.module, calibration=[made.batch], config=config)
     assert same(outputs(made.module, made.batch), outputs(snn, made.batch), 2.0**-16)
 
@@ -76,7 +76,7 @@ def test_error_falls_to_zero(name: str, granularity: str) -> None:
 
 def declined(name: str, **options: Any) -> set[tuple[str, str]]:
     made = net(name)
-    folded = stages(made, SpikeConfig(code="radix", timesteps=6, **options))["FOLDED"]
+    folded = stages(made, SpikeConfig(nonlinear="exact", code="radix", timesteps=6, **options))["FOLDED"]
     return {(d.rule, d.reason) for d in facts(folded).declined if d.pass_name == "fold"}
 
 
@@ -110,7 +110,7 @@ def test_products_of_values_have_headroom_for_both_factors(product: bool) -> Non
         c=nn.Linear(8, 8),
     ).eval()
     made = Net("gated", gated, {"x": torch.randn(50, 8)}).double()
-    config = SpikeConfig(code="radix", timesteps=8, margin=1.5)
+    config = SpikeConfig(nonlinear="exact", code="radix", timesteps=8, margin=1.5)
     ranged = stages(made, config)["RANGED"]
     (name,) = [name for name in facts(ranged).sites if name.startswith("mul")]
     peak = facts(ranged).sites[name].peak
@@ -125,7 +125,7 @@ def test_shared_values_are_listed() -> None:
         Calls(lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), a=nn.Linear(8, 8), b=nn.Linear(8, 8)).eval(),
     )
     shared.batch["x"] = torch.randn(3, 8)
-    folded = stages(shared.double(), SpikeConfig())["FOLDED"]
+    folded = stages(shared.double(), SpikeConfig(nonlinear="exact"))["FOLDED"]
     reasons = {(d.rule, d.reason) for d in facts(folded).declined if d.pass_name == "fold"}
     assert reasons == {INPUT, ("scale_to_maker", "others read the value too")}
 
@@ -143,7 +143,7 @@ def test_the_callers_weights_never_change(name: str) -> None:
     made = net(name)
     made.module.train()
     kept = {key: value.clone() for key, value in made.module.state_dict().items()}
-    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(granularity="channel"))
+    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(nonlinear="exact", granularity="channel"))
     snn.timesteps = 2
     assert made.module.training
     for key, value in made.module.state_dict().items():
@@ -161,7 +161,7 @@ def test_the_callers_parameters_stay_trainable() -> None:
 
 def test_weights_are_shared_until_a_pass_replaces_them() -> None:
     made = net("two_readers")
-    levels = stages(made, SpikeConfig())
+    levels = stages(made, SpikeConfig(nonlinear="exact"))
     for level in ("CAPTURED", "NORMAL", "RANGED", "CLIPPED", "SPIKING"):
         for key, parameter in made.module.named_parameters():
             assert attribute(levels[level], key).data_ptr() == parameter.data_ptr(), (level, key)
@@ -175,7 +175,7 @@ def test_weights_are_shared_until_a_pass_replaces_them() -> None:
 @pytest.mark.parametrize("granularity", STATIC)
 def test_tied_weights_get_a_threshold_each(granularity: str) -> None:
     made = net("tied")
-    levels = stages(made, SpikeConfig(code="radix", timesteps=20, granularity=granularity))
+    levels = stages(made, SpikeConfig(nonlinear="exact", code="radix", timesteps=20, granularity=granularity))
     linears = [n for n in levels["FOLDED"].graph.nodes if n.target is torch.ops.aten.linear.default]
     first, second = (attribute(levels["FOLDED"], str(n.args[1].target)) for n in linears)
     assert not torch.equal(first, second) and first.data_ptr() != second.data_ptr()

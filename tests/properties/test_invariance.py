@@ -24,7 +24,7 @@ def spiking(request: pytest.FixtureRequest) -> tuple[str, dict[str, fasfx.Spikin
     """One float64 network of a family per code."""
     family = request.param
     calibration = [without_cache(family, tiny_inputs(family, batch_size=4, seed=seed)) for seed in range(2)]
-    config = SpikeConfig(code="multi", timesteps=STEPS["multi"])
+    config = SpikeConfig(nonlinear="exact", code="multi", timesteps=STEPS["multi"])
     multi = fasfx.convert(tiny(family).double(), calibration=calibration, config=config)
     return family, {code: multi if code == "multi" else recoded(multi, code) for code in CODES}
 
@@ -32,7 +32,7 @@ def spiking(request: pytest.FixtureRequest) -> tuple[str, dict[str, fasfx.Spikin
 def recoded(snn: fasfx.SpikingModel, code: str) -> fasfx.SpikingModel:
     """The same calibrated network with another code: capturing it again would take seconds."""
     ranged = copy_program(snn.ranged)
-    facts(ranged).config = SpikeConfig(code=code, timesteps=STEPS[code])
+    facts(ranged).config = SpikeConfig(nonlinear="exact", code=code, timesteps=STEPS[code])
     return fasfx.SpikingModel(ranged, snn.config)
 
 

@@ -60,7 +60,7 @@ def check_pass(one: Pass, before: GraphModule, batch: dict[str, Tensor]) -> Grap
 @pytest.mark.parametrize("name", NETS)
 def test_every_pass_keeps_its_promise(name: str) -> None:
     made = net(name)
-    for config in (SpikeConfig(code="radix", timesteps=6, margin=1.37), SpikeConfig(granularity="token")):
+    for config in (SpikeConfig(nonlinear="exact", code="radix", timesteps=6, margin=1.37), SpikeConfig(granularity="token")):
         program = capture(made.module, made.batch, config)
         assert same(outputs(made.module, made.batch), outputs(program, made.batch), FLOAT_ACCURACY)
         for one in PIPELINE:
@@ -97,7 +97,7 @@ def test_calibration_itself_is_never_clipped(made: Net, config: SpikeConfig) -> 
 @pytest.mark.parametrize("name", NETS)
 def test_normalise_has_nothing_left_to_do(name: str) -> None:
     made = net(name)
-    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig()))
+    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig(nonlinear="exact")))
     again = copy_program(normal)
     facts(again).level = "CAPTURED"
     assert text(Runner([Normalise()]).run(again)) == text(normal)
@@ -174,7 +174,7 @@ def normalised(call: Callable[..., Any], shape: tuple[int, ...], module: nn.Modu
     layers["s"] = layers["s"][:1]
     made = Net("rule", module or Calls(call, **layers), {"x": torch.randn(shape)}).double()
     made.module.eval()
-    captured = capture(made.module, made.batch, SpikeConfig())
+    captured = capture(made.module, made.batch, SpikeConfig(nonlinear="exact"))
     normal = Runner([Normalise()]).run(captured)
     for batch in (made.batch, {"x": torch.cat([made.batch["x"], torch.randn(shape).double()])}):
         assert same(outputs(made.module, batch), outputs(normal, batch), FLOAT_ACCURACY)
@@ -229,7 +229,7 @@ def test_zeroed_attention(kind: dict[str, Any], reason: str | None) -> None:
     torch.manual_seed(0)
     module, batch = zeroed_attention(**kind), {"x": torch.randn(3, 8, 5)}
     batch["x"][0] = -1.0  # every key of the first sample is masked
-    captured = capture(module, batch, SpikeConfig())
+    captured = capture(module, batch, SpikeConfig(nonlinear="exact"))
     normal = Runner([Normalise()]).run(captured)
     assert torch.allclose(normal(**batch), module(**batch), atol=1e-6)
     declined = [d.reason for d in facts(normal).declined if d.rule == "zeroed_attention_to_attention"]
@@ -243,7 +243,7 @@ def test_every_rule_is_tried_here() -> None:
 
 
 def test_qcfs_to_fire_declines_an_unknown_code() -> None:
-    clipped = copy_program(stages(net("linear"), SpikeConfig())["CLIPPED"])
+    clipped = copy_program(stages(net("linear"), SpikeConfig(nonlinear="exact"))["CLIPPED"])
     (node,) = clipped.graph.find_nodes(op="call_function", target=qcfs.op)
     node.update_arg(2, "morse")
     assert qcfs_to_fire.apply(clipped, "substitute") == 0
@@ -325,7 +325,7 @@ def test_fully_masked_rows_are_zero_at_every_level(kind: torch.dtype) -> None:
     mask[2] = False
     given_mask = mask if kind == torch.bool else torch.zeros(5, 5, dtype=kind).masked_fill(~mask, -math.inf)
     made = Net("masked", Attention(16, 2, 2, attn_mask=given_mask), {"x": torch.randn(2, 5, 16)}).double()
-    for level, program in stages(made, SpikeConfig(timesteps=6)).items():
+    for level, program in stages(made, SpikeConfig(nonlinear="exact", timesteps=6)).items():
         (found,) = outputs(program, made.batch)
         assert torch.equal(found[:, 2], made.module.o.bias.detach().expand(2, 16)), level
         assert bool(torch.isfinite(found).all())
@@ -342,7 +342,7 @@ def test_causal_attention_of_unequal_lengths(queries: int, keys: int) -> None:
 def test_eager_attention_is_deferred_and_its_probabilities_still_returned() -> None:
     normal = normalised(lambda: None, (3, 5, 8), EagerAttention())
     assert aten.softmax.int not in targets(normal) and aten.exp.default in targets(normal)
-    sites = facts(stages(net("attention_eager"), SpikeConfig())["RANGED"]).sites
+    sites = facts(stages(net("attention_eager"), SpikeConfig(nonlinear="exact"))["RANGED"]).sites
     assert [site.fixed for site in sites.values()].count(1.0) == 1
 
 
@@ -354,13 +354,13 @@ def test_dropout_on_probabilities_in_training_stays() -> None:
         return weights @ m.l(x)
 
     made = Net("dropout", Calls(call, l=nn.Linear(8, 8)), {"x": torch.randn(2, 5, 8)})
-    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig()))
+    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig(nonlinear="exact")))
     assert aten.dropout.default in targets(normal)
     torch.manual_seed(1)
     found = torch.stack([outputs(normal, made.batch)[0] for _ in range(400)]).mean(0)
     wanted = torch.softmax(made.batch["x"] @ made.batch["x"].transpose(1, 2), -1) @ made.module.l(made.batch["x"])
     assert same([wanted.detach()], [found], 0.3)
-    lowered = stages(made, SpikeConfig())["LOWERED"]
+    lowered = stages(made, SpikeConfig(nonlinear="exact"))["LOWERED"]
     assert torch.equal(*[outputs(lowered, made.batch)[0] for _ in range(2)])  # a lowered program is for inference
 
 
@@ -387,9 +387,9 @@ def test_an_exponential_of_the_users_own_is_no_deferred_softmax() -> None:
         return (features @ m.v(x).transpose(1, 2)) / features.sum([-1], True)
 
     made = Net("own", Calls(call, q=nn.Linear(8, 8), v=nn.Linear(8, 8)), {"x": 2 * torch.randn(2, 5, 8)}).double()
-    for site in facts(stages(made, SpikeConfig())["RANGED"]).sites.values():
+    for site in facts(stages(made, SpikeConfig(nonlinear="exact"))["RANGED"]).sites.values():
         assert site.fixed is None
-    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(timesteps=10))
+    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(nonlinear="exact", timesteps=10))
     assert same(outputs(made.module, made.batch), outputs(snn, made.batch), 2.0**-10)
 
 
@@ -421,7 +421,7 @@ def test_leftovers_of_capture_go(call: Callable[..., Any]) -> None:
     names = " ".join(str(target) for target in targets(normal))
     assert not re.search(r"assert|alias|detach|type_as|to\.d|_\.(default|Tensor|Scalar)|lift_fresh", names), names
     made = Net("leftovers", Calls(call, l=nn.Linear(8, 8)), {"x": torch.randn(3, 8)}).double()
-    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(timesteps=10))
+    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(nonlinear="exact", timesteps=10))
     assert same(outputs(made.module, made.batch), outputs(snn, made.batch), 2.0**-12)
 
 
@@ -480,7 +480,7 @@ class Nothing(PassBase):
 
 def test_runner_takes_any_fx_pass() -> None:
     made = net("mlp")
-    before = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig()))
+    before = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig(nonlinear="exact")))
     shown = text(before)
     after = Runner([Foreign(), Nothing(), Observe([made.batch])]).run(before)
     assert text(before) == shown and aten.gelu.default in targets(after)
@@ -492,7 +492,7 @@ def test_runner_takes_any_fx_pass() -> None:
 
 def test_runner_calls_its_hooks() -> None:
     made, seen = net("mlp"), []
-    program = capture(made.module, made.batch, SpikeConfig())
+    program = capture(made.module, made.batch, SpikeConfig(nonlinear="exact"))
     hooks = {
         kind: (lambda name, gm, kind=kind: seen.append((kind, name, facts(gm).level))) for kind in ("before", "after")
     }
@@ -508,7 +508,7 @@ def test_runner_calls_its_hooks() -> None:
 @pytest.mark.parametrize("one", [Clip, Substitute, Fold, Lower])
 def test_wrong_start_level_is_named(one: type[Pass]) -> None:
     made = net("mlp")
-    captured = capture(made.module, made.batch, SpikeConfig())
+    captured = capture(made.module, made.batch, SpikeConfig(nonlinear="exact"))
     with pytest.raises(LevelError, match=f"pass {one.name} takes a program at {one.takes}, this one is at CAPTURED"):
         Runner([one()]).run(captured)
 
@@ -527,7 +527,7 @@ class Careless(Pass):
 
 def test_broken_promise_names_pass_node_and_line() -> None:
     made = net("mlp")
-    ranged = stages(made, SpikeConfig())["RANGED"]
+    ranged = stages(made, SpikeConfig(nonlinear="exact"))["RANGED"]
     with pytest.raises(LevelError) as caught:
         Runner([Careless()]).run(ranged)
     message = str(caught.value)
@@ -548,12 +548,12 @@ class Failing(Pass):
 def test_errors_of_a_pass_arrive_as_they_are() -> None:
     made = net("mlp")
     with pytest.raises(CalibrationError, match="^my own words$"):
-        Runner([Failing()]).run(capture(made.module, made.batch, SpikeConfig()))
+        Runner([Failing()]).run(capture(made.module, made.batch, SpikeConfig(nonlinear="exact")))
 
 
 def test_observing_nothing_or_nan_is_an_error() -> None:
     made = net("mlp")
-    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig()))
+    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig(nonlinear="exact")))
     with pytest.raises(CalibrationError, match="no batches"):
         Runner([Observe([])]).run(normal)
     with pytest.raises(CalibrationError, match=r"calibration batch 1 gives NaN or infinity at x\b"):
@@ -562,7 +562,7 @@ def test_observing_nothing_or_nan_is_an_error() -> None:
 
 def test_observing_more_only_raises_ranges() -> None:
     made = net("attention")
-    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig()))
+    normal = Runner([Normalise()]).run(capture(made.module, made.batch, SpikeConfig(nonlinear="exact")))
     batches = [made.batch, {"x": 3 * torch.randn(4, 5, 16).double()}, {"x": torch.randn(1, 5, 16).double()}]
     peaks = []
     for count in range(1, 4):
@@ -577,7 +577,7 @@ def test_observing_more_only_raises_ranges() -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_skipped_modules_stay_as_they_are(code: str) -> None:
     made = net("two_readers")
-    config = SpikeConfig(code=code, skip=("^b$",))
+    config = SpikeConfig(nonlinear="exact", code=code, skip=("^b$",))
     lowered = stages(made, config)["LOWERED"]
     skipped = [n for n in lowered.graph.nodes if n.target is aten.linear.default and n.args[1].target == "b.weight"]
     assert len(skipped) == 1
@@ -610,7 +610,7 @@ def test_golden_graphs(code: str) -> None:
     made = Net("golden", Golden().eval(), {"x": torch.ones(2, 3, 4)})
     for parameter in made.module.parameters():  # values must not depend on a random generator
         nn.init.constant_(parameter, 0.5)
-    levels = stages(made, SpikeConfig(code=code, timesteps=4, levels=16, margin=1), exact=True)
+    levels = stages(made, SpikeConfig(nonlinear="exact", code=code, timesteps=4, levels=16, margin=1), exact=True)
     for level, program in levels.items():
         path = GOLDEN / f"{code}_{level.lower()}.txt"
         found = golden_text(program)
