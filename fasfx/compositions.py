@@ -7,6 +7,7 @@ operator's place. Shapes are torch's; exact up to float rounding. What it return
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fasfx.synapses import carried_values
 
 aten = torch.ops.aten
 
+
 def compose(gm: GraphModule) -> bool:
     """Write out every composition on values outside skipped modules; True if there was one."""
     fixed, values = constants(gm), carried_values(gm)
@@ -26,7 +28,8 @@ def compose(gm: GraphModule) -> bool:
     for node in [n for n in gm.graph.nodes if n in values and n not in fixed and n.target in COMPOSITIONS]:
         if is_skipped(gm, node) or (node.target is aten.div.Tensor and node.args[1] not in values):
             continue
-        result = emit(gm, node, lambda node=node: COMPOSITIONS[node.target](**_arguments(gm, node)))
+        write_out = partial(COMPOSITIONS[node.target], **_arguments(gm, node))
+        result = emit(gm, node, write_out)
         if result is not None:
             node.replace_all_uses_with(result.node)
             gm.graph.erase_node(node)

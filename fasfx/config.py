@@ -15,7 +15,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "schedule": ("sequential", "synchronous"),
     "coverage": ("matmul", "activation"),
     "activation": ("keep", "replace"),
-    "nonlinear": ("spiking", "exact"),
+    "nonlinear": ("exact", "spiking"),
     "threshold": ("max", "percentile"),
     "granularity": (None, "tensor", "channel", "token"),
     "weights": ("float", "int8"),
@@ -61,7 +61,7 @@ class SpikeConfig:
     schedule: Literal["sequential", "synchronous"] = "sequential"
     coverage: Literal["matmul", "activation"] = "matmul"
     activation: Literal["keep", "replace"] = "keep"
-    nonlinear: Literal["spiking", "exact"] = "spiking"
+    nonlinear: Literal["exact", "spiking"] = "exact"
     threshold: Literal["max", "percentile"] = "max"
     margin: float | None = None
     granularity: Literal["tensor", "channel", "token"] | None = None

@@ -155,7 +155,9 @@ def coverage(gm: GraphModule) -> Coverage:
             rows.append(_synapse_row(gm, carriers, node, live[node]))
         elif node.target in ops.GROUPS:
             why = f"{facts(gm).groups[node.name].size} neurons"
-            rows.append(Row(node.name, module_path(node), str(arg(node, _FUNCTION[node.target])), FUNCTION, 0, True, why))
+            rows.append(
+                Row(node.name, module_path(node), str(arg(node, _FUNCTION[node.target])), FUNCTION, 0, True, why)
+            )
         elif node not in fixed and _is_float_work(node):
             rows.append(_float_row(gm, node, node in carriers.values))
     return Coverage(tuple(rows))

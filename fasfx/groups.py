@@ -21,7 +21,7 @@ from torch import Tensor
 from fasfx.errors import ConfigError
 from fasfx.intervals import Enclosure
 from fasfx.ops.codes import CODES, FINEST
-from fasfx.ops.functions import FUNCTIONS, X, Function, numeric
+from fasfx.ops.functions import FUNCTIONS, Function, X, numeric
 from fasfx.ops.group import neurons_of
 
 _SAMPLES = 33
@@ -84,7 +84,9 @@ class Group:
             active[here] = (events != 0).sum(0)
         at_start = torch.where(forward, self.values[:-1], self.values[1:])
         # Neurons between rest and this one are full.
-        from_rest = torch.where(forward, full.where(forward, 0).cumsum(0), full.where(~forward, 0).flip(0).cumsum(0).flip(0))
+        from_rest = torch.where(
+            forward, full.where(forward, 0).cumsum(0), full.where(~forward, 0).flip(0).cumsum(0).flip(0)
+        )
         return at_start[place] + weights[place] * counts, (from_rest - full)[place] + active
 
     def _middles(self) -> Tensor:
@@ -100,7 +102,10 @@ class Group:
         """Per neuron [K]: weight of a count, counts of a threshold, spikes when full, whether it fires upwards."""
         neurons = list(neurons_of(self.edges, self.values, self.unit, self.rest))
         sizes = torch.tensor([2.0 ** (n.levels - 1) for n in neurons], dtype=torch.float64)
-        full = [CODES[self.code].spikes(size[None], self.steps, n.levels, False) for n, size in zip(neurons, sizes, strict=True)]
+        full = [
+            CODES[self.code].spikes(size[None], self.steps, n.levels, False)
+            for n, size in zip(neurons, sizes, strict=True)
+        ]
         spikes = torch.tensor([int((events != 0).sum()) for events in full])
         weights = torch.tensor([n.weight for n in neurons], dtype=torch.float64)
         return weights, sizes, spikes, torch.tensor([n.direction > 0 for n in neurons])

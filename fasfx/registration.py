@@ -64,6 +64,3 @@ def _require_same(operator: Any, core: sympy.Expr) -> None:
     if not torch.allclose(given[both], expected[both], rtol=1e-4, atol=1e-6) or not bool(both.any()):
         at = float(x[both][(given - expected)[both].abs().argmax()]) if bool(both.any()) else 0.0
         raise ConfigError(f"{operator} is not {core}: they differ at x = {at}")
-
-
-

@@ -61,7 +61,8 @@ def make_step_graph(gm: GraphModule) -> None:
 
 def _tick(gm: GraphModule, node: Node, state: Node, tick: Node, unit: bool) -> Node:
     """fire -> tick; readers get the running estimate. Returns what has been sent, the next state."""
-    x, theta, code, steps, levels, signed = node.args
+    x, theta, code, _, levels, signed = node.args
+    steps = int(arg(node, 3))
     config: SpikeConfig = facts(gm).config
     per_unit, u = None, x
     if not unit:  # a dynamic threshold: x in units of it, and back

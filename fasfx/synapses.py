@@ -122,7 +122,9 @@ class Carriers:
     def is_sent(self, node: Any) -> bool:
         """Whether a value comes out of a neuron: as a count, as a firing rate, or decoded by an explicit scale."""
         return isinstance(node, Node) and (
-            node.target in NEURONS or is_firing_rate(node) or (node.target is aten.mul.Tensor and self._is_decoded(node))
+            node.target in NEURONS
+            or is_firing_rate(node)
+            or (node.target is aten.mul.Tensor and self._is_decoded(node))
         )
 
     def _is_decoded(self, node: Node) -> bool:

@@ -54,7 +54,7 @@ def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
     x, theta_node, *neuron, signed = node.args
     assert isinstance(theta_node, Node)
     theta = strip(attribute(gm, str(theta_node.target)).detach().clone())
-    top = facts(gm).config.unit(neuron[1])
+    top = facts(gm).config.unit(arg(node, 3))
     up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
     Scaler(gm).set_factor(up, per_threshold(top, theta))
     one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.program import add_tensor, attribute, constants, facts, insert
+from fasfx.program import add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.step import make_step_graph
 
@@ -71,7 +71,7 @@ def _unit_count(gm: GraphModule, node: Node) -> Node:
 
 def _scaled_count(gm: GraphModule, node: Node) -> Node:
     x, theta, code, steps, levels, signed = node.args
-    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit(int(steps))))
+    per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit(arg(node, 3))))
     u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
     count = insert(gm, node, node, ops.count.op, u, code, steps, levels, signed)
     return insert(gm, node, node, aten.mul.Tensor, count, per_unit)

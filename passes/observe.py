@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from fasfx.errors import CalibrationError
 from fasfx.levels import is_skipped
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
-from fasfx.program import Site, describe, facts, module_path
+from fasfx.program import Site, arg, describe, facts, module_path
 from fasfx.runner import Pass
 from fasfx.synapses import channel_dims, non_negative, operand, reduce_peak, synapses
 
@@ -112,7 +112,7 @@ class _Watcher(Interpreter):
 
     def _widen(self, node: Node) -> None:
         """The range of the input of a function without tails."""
-        low, high = self.env[node.args[0]].aminmax()
+        low, high = self.env[arg(node, 0)].aminmax()
         seen = self._ranges.get(node.name, (math.inf, -math.inf))
         self._ranges[node.name] = (min(seen[0], float(low)), max(seen[1], float(high)))
 

@@ -89,7 +89,9 @@ def _to_group(gm: GraphModule, node: Node, name: str) -> None:
         span = _with_headroom(*facts(gm).ranges[node.name])
     found = group(name, *facts(gm).config.group(population), span)
     left, right = (tail[0] if tail else 0.0 for tail in (function.left, function.right))
-    edges, values = (_shared(gm, f"group_{name}_{found.size}_{key}", getattr(found, key), node) for key in ("edges", "values"))
+    edges, values = (
+        _shared(gm, f"group_{name}_{found.size}_{key}", getattr(found, key), node) for key in ("edges", "values")
+    )
     place = (name, found.unit, found.rest, left, right, 1.0, found.code, found.steps)
     result = insert(gm, node, node, ops.group.op, node.args[0], edges, values, *place)
     facts(gm).groups[result.name] = found
@@ -109,10 +111,8 @@ def _shared(gm: GraphModule, name: str, value: Tensor, node: Node) -> Node:
     given = fake(node)
     assert given is not None
     dtype = given.dtype if given.dtype.itemsize >= 4 else torch.float32
-    for read in gm.graph.find_nodes(op="get_attr"):
-        if read.target == name:
-            return read
-    return add_tensor(gm, name, value.to(dtype=dtype, device=given.device), node)
+    reads: list[Node] = [read for read in gm.graph.find_nodes(op="get_attr") if read.target == name]
+    return reads[0] if reads else add_tensor(gm, name, value.to(dtype=dtype, device=given.device), node)
 
 
 def _note(gm: GraphModule, node: Node, result: Node, found: Group) -> None:

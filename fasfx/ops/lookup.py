@@ -16,7 +16,8 @@ from fasfx.ops.library import LIBRARY
 from fasfx.ops.reductions import REDUCTIONS, onnx_join, onnx_split, onnx_take
 
 LIBRARY.define(
-    "lookup(Tensor x, Tensor table, str function, float low, float high, float left, float right, float scale) -> Tensor"
+    "lookup(Tensor x, Tensor table, str function, float low, float high, float left, float right, float scale) "
+    "-> Tensor"
 )
 
 
@@ -44,22 +45,24 @@ def onnx_lookup(
     x: TReal, table: TReal, function: str, low: float, high: float, left: float, right: float, scale: float
 ) -> TReal:
     """The same in ONNX: Mul, Add, Clip, Cast and Gather, and what the reduction needs."""
-    given, wide = np.dtype(x.dtype.numpy()), np.dtype(table.dtype.numpy())
-    source: Any = x if given == wide else onnx.Cast(x, to=table.dtype)
+    source: Any = x
+    rows: Any = table
+    given, wide = np.dtype(source.dtype.numpy()), np.dtype(rows.dtype.numpy())
+    value = source if given == wide else onnx.Cast(source, to=rows.dtype)
     reduction = FUNCTIONS[function].reduction
-    z, k = onnx_split(reduction, source, wide)
-    cells = int(table.shape[0]) - 1
+    z, k = onnx_split(reduction, value, wide)
+    cells = int(rows.shape[0]) - 1
 
     def number(value: float) -> Any:
         constant: Any = onnx_ir.tensor(np.array(value, wide))
         return onnx.Constant(value=constant)
 
     position = onnx.Mul(onnx.Sub(z, number(low)) if low else z, number(cells / (high - low)))
-    y = onnx_take(table, onnx.Clip(position, number(0), number(cells)))
+    y: Any = onnx_take(rows, onnx.Clip(position, number(0), number(cells)))
     if right:
         y = onnx.Add(y, onnx.Mul(onnx.Relu(z), number(right)) if right != 1 else onnx.Relu(z))
     if left:
         y = onnx.Sub(y, onnx.Mul(onnx.Relu(onnx.Neg(z)), number(left)))
     y = onnx_join(reduction, y, k, wide)
-    out: TReal = y if given == wide else onnx.CastLike(y, x)
+    out: TReal = y if given == wide else onnx.CastLike(y, source)
     return out

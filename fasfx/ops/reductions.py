@@ -92,7 +92,9 @@ def onnx_split(reduction: str, x: Any, kind: Any) -> tuple[Any, Any]:
         return onnx.Sub(turns, onnx.Floor(turns)), None
     if reduction == "exp":
         bias = _bias(kind)
-        t = onnx.Clip(onnx.Mul(x, _constant(math.log2(math.e), kind)), _constant(-bias - 1, kind), _constant(bias + 1, kind))
+        t = onnx.Clip(
+            onnx.Mul(x, _constant(math.log2(math.e), kind)), _constant(-bias - 1, kind), _constant(bias + 1, kind)
+        )
         k = onnx.Floor(t)
         return onnx.Sub(t, k), k
     size = onnx.Abs(x) if reduction == "reciprocal" else x
@@ -149,8 +151,8 @@ def onnx_take(table: Any, index: Any) -> Any:
 
     GatherElements on flat indices: ONNX Runtime's Gather takes nine times as long for single numbers.
     """
-    whole = onnx.Cast(index, to=onnx_ir.DataType.INT32)
-    flat = onnx.Reshape(whole, _tensor(np.array([-1], np.int64)))
+    whole: Any = onnx.Cast(index, to=onnx_ir.DataType.INT32)
+    flat: Any = onnx.Reshape(whole, _tensor(np.array([-1], np.int64)))
     return onnx.Reshape(onnx.GatherElements(table, flat, axis=0), onnx.Shape(whole))
 
 

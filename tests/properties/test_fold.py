@@ -41,7 +41,9 @@ def test_exact_sums_keep_every_count(name: str, code: str) -> None:
         pytest.skip("exponentials have threshold 1, and 1 / (2^T - 1) is not exact")
     made = exact_net(name)
     for granularity in STATIC:
-        config = SpikeConfig(nonlinear="exact", code=code, timesteps=STEPS[code], levels=8, granularity=granularity, margin=1)
+        config = SpikeConfig(
+            nonlinear="exact", code=code, timesteps=STEPS[code], levels=8, granularity=granularity, margin=1
+        )
         assert_same_spikes(stages(made, config, exact=True), made.batch, exact=True)
 
 
@@ -143,7 +145,9 @@ def test_the_callers_weights_never_change(name: str) -> None:
     made = net(name)
     made.module.train()
     kept = {key: value.clone() for key, value in made.module.state_dict().items()}
-    snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(nonlinear="exact", granularity="channel"))
+    snn = fasfx.convert(
+        made.module, calibration=[made.batch], config=SpikeConfig(nonlinear="exact", granularity="channel")
+    )
     snn.timesteps = 2
     assert made.module.training
     for key, value in made.module.state_dict().items():

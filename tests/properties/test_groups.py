@@ -93,7 +93,11 @@ def test_no_float_is_beyond_a_group(name: str, x: float) -> None:
     function, found = FUNCTIONS[name], made(name)
     value = torch.tensor([x])
     assert not bool(looked_up(found, value).isnan())
-    inside = SPAN[0] <= x <= SPAN[1] if function.needs_range else (x >= 2.0**-126 if name in POSITIVE else (-87.3 < x < 88 or name != "exp"))
+    inside = (
+        SPAN[0] <= x <= SPAN[1]
+        if function.needs_range
+        else (x >= 2.0**-126 if name in POSITIVE else (-87.3 < x < 88 or name != "exp"))
+    )
     if inside:
         wrong, spare = errors(found, value)
         assert float(wrong) <= found.bound + float(spare)

@@ -60,7 +60,10 @@ def check_pass(one: Pass, before: GraphModule, batch: dict[str, Tensor]) -> Grap
 @pytest.mark.parametrize("name", NETS)
 def test_every_pass_keeps_its_promise(name: str) -> None:
     made = net(name)
-    for config in (SpikeConfig(nonlinear="exact", code="radix", timesteps=6, margin=1.37), SpikeConfig(granularity="token")):
+    for config in (
+        SpikeConfig(nonlinear="exact", code="radix", timesteps=6, margin=1.37),
+        SpikeConfig(granularity="token"),
+    ):
         program = capture(made.module, made.batch, config)
         assert same(outputs(made.module, made.batch), outputs(program, made.batch), FLOAT_ACCURACY)
         for one in PIPELINE:

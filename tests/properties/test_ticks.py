@@ -188,7 +188,15 @@ def test_four_ticks_more_quarter_the_error(kinds: list[str], seed: int) -> None:
 def exact(name: str, code: str, ticks: int) -> tuple[Net, fasfx.SpikingModel]:
     """A network whose sums are exact in float64, so that every form must agree on every count."""
     made = exact_net(name)
-    config = SpikeConfig(nonlinear="exact", code=code, schedule="synchronous", timesteps=ticks, levels=8, margin=1.0, granularity="tensor")
+    config = SpikeConfig(
+        nonlinear="exact",
+        code=code,
+        schedule="synchronous",
+        timesteps=ticks,
+        levels=8,
+        margin=1.0,
+        granularity="tensor",
+    )
     snn = fasfx.convert(made.module, [made.batch], config)
     ranged = copy_program(snn.ranged)
     facts(ranged).sites = dict(facts(ranged).sites)
