@@ -19,7 +19,7 @@ from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts, fake
 from fasfx.runner import PassHook, Runner
-from fasfx.runtime.spikes import SpikeCounter, SpikeRecorder, SpikeTrain
+from fasfx.runtime.spikes import GroupCounter, SpikeCounter, SpikeRecorder, SpikeTrain
 from fasfx.runtime.ticks import NetworkState, Settled, StepGraph, settle
 
 if TYPE_CHECKING:
@@ -125,6 +125,18 @@ class SpikingModel(nn.Module):
         rows = {site: (found / counter.neurons[site]).tolist() for site, found in counter.counts.items()}
         frame = pandas.DataFrame.from_dict(rows, orient="index", columns=range(1, self.timesteps + 1))
         return frame.assign(neurons=counter.neurons)
+
+    def group_spikes(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Node of a neuron group -> spikes that all its neurons together send for one value, T steps in all.
+
+        Raises ConfigError for a synchronous network, whose groups send what changes from tick to tick.
+        """
+        if self.schedule != "sequential":
+            raise ConfigError('spikes of groups are counted under schedule="sequential"')
+        counter = GroupCounter(self.graph_module)
+        with torch.no_grad():
+            counter.run(*self._inputs(args, kwargs).values())
+        return counter.spikes
 
     def _record(self, recorder: SpikeRecorder, given: Mapping[str, Tensor]) -> None:
         inputs = [*given.values()]

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx import ops
+from fasfx.ops.functions import FUNCTIONS
+from fasfx.ops.reductions import REDUCTIONS
 from fasfx.program import arg, facts
 
 
@@ -112,3 +114,20 @@ class SpikeCounter(SpikeRecorder):
     def _keep(self, site: str, events: Tensor) -> None:
         self._counts.setdefault(site, []).append((events != 0).flatten(1).sum(1))
         self.neurons[site] = events[0].numel()
+
+
+class GroupCounter(Interpreter):
+    """Runs a lowered sequential program. spikes: node of a group -> spikes all its neurons send for one value."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self._groups, self.spikes = facts(gm).groups, dict[str, float]()
+
+    def run_node(self, n: Node) -> Any:
+        """Note the spikes of a group, running it."""
+        if (found := self._groups.get(n.name)) is not None:
+            function = FUNCTIONS[found.function]
+            z, _ = REDUCTIONS[function.reduction].split(self.env[arg(n, 0)].double())
+            index = ((z - found.edges[0]) * (2 / found.unit)).clamp(0, len(found.spikes) - 1)
+            self.spikes[n.name] = float(found.spikes[index.long()].double().mean())
+        return super().run_node(n)

@@ -96,9 +96,21 @@ def test_error_falls_with_every_step(family: str) -> None:
 def test_synchronous_error_falls(family: str, code: str) -> None:
     steps = {"multi": 7, "rate": 128}[code]
     model, snn = converted(family, code=code, schedule="synchronous", timesteps=steps)
-    errors = [error(model, lambda output=output, **_: output, family) for output in snn.ticks(**tiny_inputs(family, seed=1))]
+    errors = [
+        error(model, lambda output=output, **_: output, family) for output in snn.ticks(**tiny_inputs(family, seed=1))
+    ]
     assert errors[-1] < {"multi": 2e-3, "rate": 3e-2}[code] and errors[-1] < errors[len(errors) // 2] / 1.5
     assert torch.equal(main_output(snn(**tiny_inputs(family))), main_output(list(snn.ticks(**tiny_inputs(family)))[-1]))
+
+
+def test_spikes_of_groups_are_counted() -> None:
+    _, snn = converted("bert")
+    found = snn.group_spikes(**tiny_inputs("bert"))
+    functions = snn.coverage.table[snn.coverage.table.kind == "function"]
+    assert set(found) == set(functions.node) and all(0 < spikes < 600 for spikes in found.values())
+    snn.schedule = "synchronous"
+    with pytest.raises(fasfx.errors.ConfigError, match="sequential"):
+        snn.group_spikes(**tiny_inputs("bert"))
 
 
 def test_radix_and_checkpoint(tmp_path: Path) -> None:
@@ -167,4 +179,14 @@ def test_compositions_are_exact(call: Callable[[Tensor], Tensor]) -> None:
     normal = Runner([Normalise()]).run(capture(model, {"x": x}, SPIKING))
     assert torch.allclose(normal(x), model(x), rtol=1e-5, atol=1e-6)
     kept = {str(n.target).split(".")[1] for n in normal.graph.nodes if n.op == "call_function"}
-    assert not kept & {"layer_norm", "rms_norm", "group_norm", "batch_norm", "softmax", "log_softmax", "pow", "glu", "div"}
+    assert not kept & {
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "batch_norm",
+        "softmax",
+        "log_softmax",
+        "pow",
+        "glu",
+        "div",
+    }
