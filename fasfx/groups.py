@@ -20,12 +20,13 @@ from torch import Tensor
 
 from fasfx.errors import ConfigError
 from fasfx.intervals import Enclosure
-from fasfx.ops.codes import CODES, FINEST
+from fasfx.ops.codes import CODES, FINEST, LEVELS, THETA, T
 from fasfx.ops.functions import FUNCTIONS, Function, X, numeric
 from fasfx.ops.group import neurons_of
 
 _SAMPLES = 33
 QUARTER = 0.25
+MOST_LEVELS = 24
 
 
 @dataclass(frozen=True)
@@ -253,8 +254,8 @@ def _most_doublings(code: str, steps: int, levels: int) -> int:
 
 
 def bound_formula(found: Group) -> sympy.Expr:
-    """C / K^2 + D * (bound of a neuron): how the group's bound falls with K and T, exact at its own K and T."""
-    k, t = sympy.Symbol("K", positive=True), sympy.Symbol("T", positive=True)
-    coefficient = sympy.Float(found.shape * found.size**2, 4)
-    rise = sympy.Float(found.sent / CODES[found.code].error_bound(1.0, found.steps, 24), 4)
-    return coefficient / k**2 + rise * CODES[found.code].bound.subs({"theta": 1}).subs("T", t)
+    """C / K^2 + D * (bound of a neuron at T): how the bound falls with K and T, exact at the group's own K and T."""
+    k = sympy.Symbol("K", positive=True)
+    neuron = CODES[found.code].bound.subs({THETA: 1, LEVELS: MOST_LEVELS})
+    shape, rise = found.shape * found.size**2, found.sent / float(neuron.subs(T, found.steps))
+    return sympy.Float(shape, 4) / k**2 + sympy.Float(rise, 4) * neuron
