@@ -65,7 +65,7 @@ def _falling(
         lines.append(line)
     if 3 in steps and 4 in limits:
         at_3 = rows[steps.index(3)]
-        lines.append(at_most("spiking / exact at T = 3", [at_3[1] / at_3[0]], RATIO_AT_3 * slack))
+        lines.append(at_most("over exact at T = 3", [1.0, at_3[1] / at_3[0]], RATIO_AT_3 * slack))
     note = f"Calibrated on news, unseen news; {fidelity.ERROR}; limits are of the spiking column."
     return Table(title, ("", "exact", "spiking"), lines, note)
 
