@@ -78,7 +78,7 @@ def load(folder: Path) -> SpikingModel:
         tensors |= {alias: tensors[name] for alias, name in settings["aliases"].items()}
         ranged = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(ranged).constants = settings["constants"]
-        facts(ranged).ranges = {name: tuple(ends) for name, ends in settings["ranges"].items()}
+        facts(ranged).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
         facts(ranged).sites = {s["name"]: _site_from_json(s, tensors) for s in settings["sites"]}
         return SpikingModel(ranged, _hugging_face_config(folder, settings))
     except CheckpointError:

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import GraphModule, Proxy
 
 from fasfx.levels import is_skipped
-from fasfx.program import constants, fake
-from fasfx.rewrite import emit, proxy
+from fasfx.program import arguments, constants, fake
+from fasfx.rewrite import emit, proxies
 from fasfx.synapses import carried_values
 
 aten = torch.ops.aten
@@ -28,22 +28,13 @@ def compose(gm: GraphModule) -> bool:
     for node in [n for n in gm.graph.nodes if n in values and n not in fixed and n.target in COMPOSITIONS]:
         if is_skipped(gm, node) or (node.target is aten.div.Tensor and node.args[1] not in values):
             continue
-        write_out = partial(COMPOSITIONS[node.target], **_arguments(gm, node))
+        write_out = partial(COMPOSITIONS[node.target], **proxies(gm, arguments(node)))
         result = emit(gm, node, write_out)
         if result is not None:
             node.replace_all_uses_with(result.node)
             gm.graph.erase_node(node)
             changed = True
     return changed
-
-
-def _arguments(gm: GraphModule, node: Node) -> dict[str, Any]:
-    """Every argument by its name in the operator's schema, defaults filled in, nodes as traced values."""
-    target: Any = node.target
-    given = {a.name: a.default_value if a.has_default_value() else None for a in target._schema.arguments}
-    given |= dict(zip(given, node.args, strict=False)) | node.kwargs
-    to_proxy: Callable[[Node], Any] = lambda n: proxy(gm, n)  # noqa: E731
-    return {name: torch.fx.node.map_arg(value, to_proxy) for name, value in given.items()}
 
 
 # --- norms: x - mean, its square and the reciprocal root of that meet as spikes ---------------------------------
@@ -88,7 +79,7 @@ def _affine(x: Any, weight: Any, bias: Any) -> Any:
 def _batch_norm(
     input: Proxy, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, eps: float, **_: Any
 ) -> Any:
-    """In evaluation a constant scale and shift per channel, which `fold` moves into the weights before."""
+    """In evaluation a constant scale and shift per channel."""
     if training or running_mean is None:
         return None
     per_channel = [-1] + [1] * (_value(input).dim() - 2)
@@ -102,31 +93,32 @@ def _batch_norm(
 # --- quotients, powers, softmax ---------------------------------------------------------------------------------
 
 
-def _div(self: Proxy, other: Any) -> Any:
-    return aten.mul.Tensor(self, aten.reciprocal.default(other))
+def _div(input: Proxy, other: Any) -> Any:
+    return aten.mul.Tensor(input, aten.reciprocal.default(other))
 
 
-def _softmax(self: Proxy, dim: int, **_: Any) -> Any:
-    e = aten.exp.default(_below_peak(self, dim))
+def _softmax(input: Proxy, dim: int, dtype: torch.dtype | None) -> Any:
+    e = aten.exp.default(_below_peak(input, dim, dtype))
     return aten.mul.Tensor(e, aten.reciprocal.default(aten.sum.dim_IntList(e, [dim], True)))
 
 
-def _log_softmax(self: Proxy, dim: int, **_: Any) -> Any:
-    below = _below_peak(self, dim)
+def _log_softmax(input: Proxy, dim: int, dtype: torch.dtype | None) -> Any:
+    below = _below_peak(input, dim, dtype)
     return aten.sub.Tensor(below, aten.log.default(aten.sum.dim_IntList(aten.exp.default(below), [dim], True)))
 
 
-def _below_peak(x: Proxy, dim: int) -> Any:
+def _below_peak(x: Any, dim: int, dtype: torch.dtype | None) -> Any:
+    x = x if dtype is None else aten.to.dtype(x, dtype)
     return aten.sub.Tensor(x, aten.amax.default(x, [dim], True))
 
 
-def _pow(self: Proxy, exponent: float) -> Any:
+def _pow(input: Proxy, exponent: float) -> Any:
     """Whole powers are products, the powers +-1/2 and -1 functions of their own."""
     if exponent in _ROOTS:
-        return _ROOTS[exponent](self)
+        return _ROOTS[exponent](input)
     if exponent != int(exponent) or exponent < 1:
         return None
-    result, square, rest = None, self, int(exponent)
+    result, square, rest = None, input, int(exponent)
     while rest:
         if rest % 2:
             result = square if result is None else aten.mul.Tensor(result, square)
@@ -138,15 +130,15 @@ def _pow(self: Proxy, exponent: float) -> Any:
 _ROOTS = {0.5: aten.sqrt.default, -0.5: aten.rsqrt.default, -1: aten.reciprocal.default}
 
 
-def _glu(self: Proxy, dim: int) -> Any:
-    value, gate = (aten.chunk.default(self, 2, dim)[i] for i in range(2))
+def _glu(input: Proxy, dim: int) -> Any:
+    value, gate = (aten.chunk.default(input, 2, dim)[i] for i in range(2))
     return aten.mul.Tensor(value, aten.sigmoid.default(gate))
 
 
-def _vector_norm(self: Proxy, ord: float, dim: Any, keepdim: bool, **_: Any) -> Any:
+def _vector_norm(input: Proxy, ord: float, dim: Any, keepdim: bool, **_: Any) -> Any:
     if ord != 2 or dim is None:
         return None
-    return aten.sqrt.default(aten.sum.dim_IntList(aten.mul.Tensor(self, self), list(dim), keepdim))
+    return aten.sqrt.default(aten.sum.dim_IntList(aten.mul.Tensor(input, input), list(dim), keepdim))
 
 
 def _value(x: Proxy) -> torch.Tensor:
@@ -164,7 +156,7 @@ COMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.softmax.int: _softmax,
     aten.log_softmax.int: _log_softmax,
     aten.pow.Tensor_Scalar: _pow,
-    aten.square.default: lambda self: aten.mul.Tensor(self, self),
+    aten.square.default: lambda input: aten.mul.Tensor(input, input),
     aten.glu.default: _glu,
     aten.linalg_vector_norm.default: _vector_norm,
 }

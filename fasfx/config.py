@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fasfx.errors import ConfigError
-from fasfx.ops.codes import CODES, FINEST
+from fasfx.ops.codes import CODES
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "code": tuple(CODES),
@@ -47,7 +47,8 @@ class SpikeConfig:
                  whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else.
-    group_size:  neurons of every group; None: for each function the fewest that are exact enough at this T.
+    group_size:  neurons of every group, more where T steps of the code need narrower ones; None: for each function
+                 the fewest (a power of two) that are exact enough at this T.
     skip:        regular expressions (re.search) on module paths whose operators stay as they are.
     strict:      raise CoverageError if any operator that is not free is not spike-driven; with nonlinear="exact",
                  if any multiply-accumulate is not.
@@ -129,9 +130,12 @@ class SpikeConfig:
         Under the synchronous schedule nothing may depend on T: a group then settles within a tick, as finely as any.
         """
         _, steps, _ = self.neuron(population)
-        if self.schedule == "synchronous":
-            steps = next(t for t in range(1, 2**16) if CODES[self.code].error_bound(1.0, t, 24) <= FINEST[self.code])
-        return self.code, steps, self.levels, self.group_size
+        return (
+            self.code,
+            CODES[self.code].settled if self.schedule == "synchronous" else steps,
+            self.levels,
+            self.group_size,
+        )
 
     def neuron(self, population: int = 1) -> tuple[str, int, int]:
         """(code, steps, levels), the arguments every neuron operator takes, for so many neurons per value.

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from fasfx import ops
 from fasfx.errors import CoverageError
 from fasfx.levels import is_skipped
-from fasfx.program import arg, constants, facts, fake, module_path, operators
+from fasfx.program import arguments, constants, facts, fake, module_path, operators
 from fasfx.synapses import MOVES, PRODUCT, SYNAPSES, UNSUPPORTED_WORDS, Carriers, is_firing_rate, operand, synapses
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ FREE: dict[str, frozenset[Any]] = {
     ),
     "is a neuron": ops.NEURONS,
 }
-_FUNCTION = {ops.group.op: 3, ops.lookup.op: 2}  # which argument names the function
 _FREE = frozenset[Any]().union(*FREE.values())
 
 
@@ -154,10 +153,7 @@ def coverage(gm: GraphModule) -> Coverage:
         if node in live:
             rows.append(_synapse_row(gm, carriers, node, live[node]))
         elif node.target in ops.GROUPS:
-            why = f"{facts(gm).groups[node.name].size} neurons"
-            rows.append(
-                Row(node.name, module_path(node), str(arg(node, _FUNCTION[node.target])), FUNCTION, 0, True, why)
-            )
+            rows.append(_function_row(node))
         elif node not in fixed and _is_float_work(node):
             rows.append(_float_row(gm, node, node in carriers.values))
     return Coverage(tuple(rows))
@@ -187,12 +183,19 @@ def _synapse_row(gm: GraphModule, carriers: Carriers, node: Node, positions: tup
     return Row(node.name, module_path(node), _name(node), SYNAPSE, macs, not missing, reason)
 
 
+def _function_row(node: Node) -> Row:
+    given = arguments(node)
+    neurons = given["neurons"] if "neurons" in given else len(given["edges"].meta["val"]) - 1
+    return Row(node.name, module_path(node), given["function"], FUNCTION, 0, True, f"{neurons} neurons")
+
+
 def _float_row(gm: GraphModule, node: Node, on_values: bool) -> Row:
     if not on_values:
         reason = "computed from positions, sizes or masks alone"
         return Row(node.name, module_path(node), _name(node), TABLE, 0, False, reason)
     unsupported = any(word in str(node.target) for word in UNSUPPORTED_WORDS)
-    macs = _number(fake(node).numel()) if unsupported and fake(node) is not None else 0  # type: ignore[union-attr]
+    value = fake(node)
+    macs = _number(value.numel()) if unsupported and value is not None else 0
     return Row(node.name, module_path(node), _name(node), FLOAT, macs, False, _why_float(gm, node, unsupported))
 
 

@@ -20,23 +20,22 @@ from torch import Tensor
 
 from fasfx.errors import ConfigError
 from fasfx.intervals import Enclosure
-from fasfx.ops.codes import CODES, FINEST, LEVELS, THETA, T
+from fasfx.ops.codes import CODES, LEVELS, THETA, T
 from fasfx.ops.functions import FUNCTIONS, Function, X, numeric
-from fasfx.ops.group import neurons_of
 
+QUARTER = 0.25  # of a neuron's bound; docs/decisions/0009-neuron-groups.md has the figures
+MOST_LEVELS = 24  # more than any code has: what is left is what T steps leave unsent
 _SAMPLES = 33
-QUARTER = 0.25
-MOST_LEVELS = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
-    """A function's group for one code.
+    """A function's group for one code; equal only to itself.
 
-    edges, values: float64 [K + 1], the breakpoints and what the group gives there.
+    edges, values: float64 [K + 1], the breakpoints and what the group gives there, ramps of the tails aside.
     unit:   the input that one count stands for; every neuron's threshold is unit * 2^j.
     rest:   the breakpoint where no neuron spikes; those left of it fire for what is missing to it.
-    code, steps, levels: the neurons'.
+    code, steps: the neurons'.
     shape:  certified sup |f - piecewise linear|, tails and all.   sent: bound of what T spikes cost on top.
     """
 
@@ -60,57 +59,6 @@ class Group:
         """sup |f - what the group gives| over the core's interval and the tails, but for float rounding."""
         return self.shape + self.sent
 
-    @cached_property
-    def table(self) -> Tensor:
-        """What the group gives for every half count of its input, float64 [2 (edges[-1] - edges[0]) / unit + 1]."""
-        return self._closed_form()[0]
-
-    @cached_property
-    def spikes(self) -> Tensor:
-        """How many spikes all neurons send together for every half count of the input, int32, like `table`."""
-        return self._closed_form()[1]
-
-    def _closed_form(self) -> tuple[Tensor, Tensor]:
-        middle = self._middles()
-        place = (torch.searchsorted(self.edges, middle, right=True) - 1).clamp(0, self.size - 1)
-        weights, sizes, full, forward = self._neurons
-        start = torch.where(forward, self.edges[:-1], self.edges[1:])
-        u = ((middle - start[place]).abs() / self.unit).minimum(sizes[place])
-        counts, active = torch.zeros_like(u), torch.zeros(len(u), dtype=torch.int64)
-        for size in sizes.unique():
-            here = sizes[place] == size
-            levels = int(size).bit_length()
-            events = CODES[self.code].spikes(u[here], self.steps, levels, False)
-            counts[here] = CODES[self.code].decode(events, levels).to(u.dtype)
-            active[here] = (events != 0).sum(0)
-        at_start = torch.where(forward, self.values[:-1], self.values[1:])
-        # Neurons between rest and this one are full.
-        from_rest = torch.where(
-            forward, full.where(forward, 0).cumsum(0), full.where(~forward, 0).flip(0).cumsum(0).flip(0)
-        )
-        return at_start[place] + weights[place] * counts, (from_rest - full)[place] + active
-
-    def _middles(self) -> Tensor:
-        """The middle of every half count of the input; the last is the end of the range."""
-        half = self.unit / 2
-        cells = round(float(self.edges[-1] - self.edges[0]) / half)
-        middles = self.edges[0] + (torch.arange(cells + 1, dtype=torch.float64) + 0.5) * half
-        middles[-1] = self.edges[-1]
-        return middles
-
-    @property
-    def _neurons(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Per neuron [K]: weight of a count, counts of a threshold, spikes when full, whether it fires upwards."""
-        neurons = list(neurons_of(self.edges, self.values, self.unit, self.rest))
-        sizes = torch.tensor([2.0 ** (n.levels - 1) for n in neurons], dtype=torch.float64)
-        full = [
-            CODES[self.code].spikes(size[None], self.steps, n.levels, False)
-            for n, size in zip(neurons, sizes, strict=True)
-        ]
-        spikes = torch.tensor([int((events != 0).sum()) for events in full])
-        weights = torch.tensor([n.weight for n in neurons], dtype=torch.float64)
-        return weights, sizes, spikes, torch.tensor([n.direction > 0 for n in neurons])
-
 
 @lru_cache(maxsize=256)
 def group(
@@ -118,26 +66,30 @@ def group(
 ) -> Group:
     """The group of a function: of `size` neurons, or of the fewest (a power of two) that are exact enough.
 
+    Rate and radix neurons of few steps can only be so wide: they may be more, then not a power of two.
+
     One neuron of the code with threshold 1 errs by at most code.bound(T), about as often up as down. A group's error
-    is the same for equal inputs and adds up, so it may be a QUARTER of that; it need not go below FINEST.
+    is the same for equal inputs and adds up, so it may be a QUARTER of that; it need not go below the bound of the
+    code's settled neuron.
     span: the calibrated range, for functions without tails. Computed once, then cached.
+    Raises ConfigError for a function that is not finite on its range, or a size that the range has no room for.
     """
-    function = FUNCTIONS[name]
-    tolerance = max(QUARTER * CODES[code].error_bound(1.0, steps, levels), FINEST[code])
+    row, function = CODES[code], FUNCTIONS[name]
+    tolerance = max(QUARTER * row.error_bound(1.0, steps, levels), row.error_bound(1.0, row.settled, MOST_LEVELS))
     if function.needs_range:
         assert span is not None, f"{name} needs a calibrated range"
-        low, high = _dyadic(span)
+        curve = _Curve(function, *_on_grid(*span))
+        tolerance *= curve.largest
     else:
-        low, high = function.interval or _where_tails_begin(function, tolerance / 4)
-        span = None
-    scale = _largest(function, low, high) if function.needs_range else 1.0
-    curve = _Curve(function, low, high)
-    unit = _unit(curve, tolerance * scale / 2)
-    widest = unit * 2 ** _most_doublings(code, steps, levels)
+        curve = _Curve(function, *(function.interval or _where_tails_begin(function, tolerance / 4)))
+    # Half a count is worth a quarter of the tolerance, and a flat curve still has room for its neurons.
+    room = (curve.high - curve.low) / (2 * (size or 2))
+    unit = 2.0 ** math.floor(math.log2(min(tolerance / 2 / curve.steepest, room)))
+    widest = unit * 2 ** (row.capacity(steps, levels).bit_length() - 1)
     k = size or 2
     while True:
-        found = _fit(curve, k, unit, widest, code, steps)
-        if size is not None or found.bound <= tolerance * scale:
+        found = _fit(curve, _split(curve, k, unit, widest), unit, code, steps)
+        if size is not None or found.bound <= tolerance:
             return found
         k = max(2 * k, found.size)
 
@@ -147,6 +99,7 @@ class _Curve:
 
     def __init__(self, function: Function, low: float, high: float) -> None:
         self.function, self.low, self.high = function, low, high
+        self.rest = 0.0 if low < 0 < high else low
         self._value = numeric(function.core)
 
     def ramp(self, x: Tensor) -> Tensor:
@@ -165,24 +118,42 @@ class _Curve:
 
     @property
     def steepest(self) -> float:
+        """The largest slope between sampled points; not 0."""
+        x, y = self._sampled
+        return max(float((y.diff() / x.diff()).abs().max()), 2.0**-40)
+
+    @property
+    def largest(self) -> float:
+        """The largest sampled |value|; not 0."""
+        return max(float(self._sampled[1].abs().max()), 2.0**-40)
+
+    @cached_property
+    def _sampled(self) -> tuple[Tensor, Tensor]:
         y = self(x := torch.linspace(self.low, self.high, 4097, dtype=torch.float64))
-        return float((y.diff() / x.diff()).abs().max())
+        if not bool(y.isfinite().all()):
+            raise ConfigError(
+                f"{self.function.name} is not finite on the range of its input, [{self.low}, {self.high}]"
+            )
+        return x, y
 
 
-def _fit(curve: _Curve, size: int, unit: float, widest: float, code: str, steps: int) -> Group:
-    """At least `size` segments by halving the worst, until none is wider than `widest`."""
-    function = curve.function
-    rest = 0.0 if curve.low < 0 < curve.high else curve.low
-    pieces = [*_powers_of_two(rest, curve.low), *_powers_of_two(rest, curve.high)]
+def _split(curve: _Curve, size: int, unit: float, widest: float) -> list[tuple[float, float]]:
+    """At least `size` segments by halving the worst, and more until none is wider than `widest`."""
+    pieces = [*_powers_of_two(curve.rest, curve.low), *_powers_of_two(curve.rest, curve.high)]
     heap = [(-_badness(curve, *piece, widest), piece) for piece in pieces]
     heapq.heapify(heap)
     while len(heap) < size or heap[0][0] == -math.inf:
         _, (a, b) = heapq.heappop(heap)
         if b - a <= unit:
-            raise ConfigError(f"a group of {size} neurons for {function.name} is more than its input can tell apart")
+            raise ConfigError(f"{size} neurons for {curve.function.name} are more than its input can tell apart")
         for piece in ((a, (a + b) / 2), ((a + b) / 2, b)):
             heapq.heappush(heap, (-_badness(curve, *piece, widest), piece))
-    pieces = sorted(piece for _, piece in heap)
+    return sorted(piece for _, piece in heap)
+
+
+def _fit(curve: _Curve, pieces: list[tuple[float, float]], unit: float, code: str, steps: int) -> Group:
+    """The group with these segments."""
+    function = curve.function
     edges = torch.tensor([a for a, _ in pieces] + [pieces[-1][1]], dtype=torch.float64)
     errors = torch.tensor([curve.error(a, b) for a, b in pieces], dtype=torch.float64)
     # Each segment's chord lies on one side of the curve: half its error moves it to the middle.
@@ -191,11 +162,10 @@ def _fit(curve: _Curve, size: int, unit: float, widest: float, code: str, steps:
     for tail, place in ((function.left, 0), (function.right, -1)):
         if tail is not None:
             values[place] = tail[1]
-    widths, rises = edges.diff(), values.diff().abs()
-    levels = torch.log2(widths / unit) + 1
-    bounds = [CODES[code].error_bound(1.0, steps, int(n)) for n in levels] if code == "multi" else unit / 2 / widths
-    sent = float((rises * torch.as_tensor(bounds)).max())
-    return Group(function.name, edges, values, unit, rest, code, steps, _certified(curve, edges, values), sent)
+    # Of its threshold a neuron loses half a count, or what its code leaves unsent after T steps.
+    lost = (unit / 2 / edges.diff()).clamp(min=CODES[code].error_bound(1.0, steps, MOST_LEVELS))
+    sent = float((values.diff().abs() * lost).max())
+    return Group(function.name, edges, values, unit, curve.rest, code, steps, _certified(curve, edges, values), sent)
 
 
 def _powers_of_two(start: float, end: float) -> Iterator[tuple[float, float]]:
@@ -231,26 +201,11 @@ def _where_tails_begin(function: Function, tolerance: float) -> tuple[float, flo
     return -reach, reach
 
 
-def _dyadic(span: tuple[float, float]) -> tuple[float, float]:
-    """The range, widened to multiples of a power of two of a sixteenth of its width at least."""
-    grid = 2.0 ** math.floor(math.log2(max(span[1] - span[0], 2.0**-20) / 16))
-    low, high = math.floor(span[0] / grid), math.ceil(span[1] / grid)
-    return low * grid, max(high, low + 1) * grid
-
-
-def _largest(function: Function, low: float, high: float) -> float:
-    return float(numeric(function.core)(torch.linspace(low, high, 4097, dtype=torch.float64)).abs().max())
-
-
-def _unit(curve: _Curve, tolerance: float) -> float:
-    """The largest power of two of which half, times the steepest slope, is within half the tolerance."""
-    return 2.0 ** math.floor(math.log2(tolerance / curve.steepest))
-
-
-def _most_doublings(code: str, steps: int, levels: int) -> int:
-    """j of the widest neuron, 2^j counts: as many as the code can send in so many steps."""
-    top = CODES[code].capacity(steps, levels)
-    return int(math.log2(top + (code == "radix"))) if code != "radix" else max(steps - 1, 0)
+def _on_grid(low: float, high: float) -> tuple[float, float]:
+    """The range, widened to multiples of a power of two that is a sixteenth of its width or less."""
+    grid = 2.0 ** math.floor(math.log2(max(high - low, 2.0**-20) / 16))
+    first = math.floor(low / grid)
+    return first * grid, max(math.ceil(high / grid), first + 1) * grid
 
 
 def bound_formula(found: Group) -> sympy.Expr:

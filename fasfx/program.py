@@ -16,7 +16,6 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import TreeSpec
 
 from fasfx.config import SpikeConfig
-from fasfx.groups import Group
 from fasfx.ledger import Ledger
 from fasfx.ops import LIKE_FIRST, NEURONS
 
@@ -81,7 +80,6 @@ class Facts:
     history: list[Ran] = field(default_factory=list)
     tick: str = ""  # the input of a step graph that holds the number of the tick
     states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
-    groups: dict[str, Group] = field(default_factory=dict)  # node -> the neuron group that it is
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # function without tails -> its input's range
     outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
 
@@ -101,7 +99,7 @@ def facts(gm: GraphModule) -> Facts:
 def copy_program(gm: GraphModule) -> GraphModule:
     """A copy with its own graph and facts that shares every tensor."""
     facts_copy = copy.copy(facts(gm))
-    for name in ("constants", "symbols", "sites", "groups", "ranges"):
+    for name in ("constants", "symbols", "sites", "ranges"):
         setattr(facts_copy, name, dict(getattr(facts_copy, name)))
     facts_copy.ledger = Ledger(list(facts_copy.ledger.entries))
     facts_copy.declined, facts_copy.history = list(facts_copy.declined), list(facts_copy.history)
@@ -125,6 +123,13 @@ def operators(gm: GraphModule) -> Iterator[Node]:
 def arg(node: Node, position: int) -> Any:
     """An argument of a node; torch.fx types it as a union of everything."""
     return node.args[position]
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Every argument of a call by its name in the operator's schema, defaults filled in."""
+    found = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
+    assert found is not None
+    return dict(found.kwargs)
 
 
 def fake(node: Any) -> Tensor | None:

@@ -25,8 +25,8 @@ def register_function(
     """Let neuron groups stand for an operator in all later conversions.
 
     operator:    an operator of one tensor, element by element, as torch.export writes it: `torch.ops.my.act.default`.
-    expression:  what it computes, a sympy expression of the symbol x, twice differentiable except at 0, written with
-                 exp, log, sqrt, sin, cos, tan, tanh, erf, atan, sinh, cosh, asinh and arithmetic.
+    expression:  what it computes, a sympy expression of the symbol x, twice differentiable, written with exp, log,
+                 sqrt, sin, cos, tanh, erf, atan, sinh, cosh, asinh and arithmetic.
     left, right: (slope, intercept) of the straight lines the function becomes far from 0, both or neither; without
                  them a group covers the range seen in calibration, half as wide again at both ends, and clips.
     decay:       with lines, a bound of |function - line| at distance x from 0 that falls for x >= 1.

@@ -50,7 +50,7 @@ class Rule:
         if not isinstance(promise, Promise):
             promise, value = _call(promise, bound)
         facts(gm).ledger.add(Entry(pass_name, self.name, root.name, module_path(root), promise, value))
-        replace(gm, root, lambda: _call(self.into, {k: _proxy(gm, v) for k, v in bound.items()}))
+        replace(gm, root, lambda: _call(self.into, {k: proxies(gm, v) for k, v in bound.items()}))
         return True
 
 
@@ -82,7 +82,8 @@ def proxy(gm: GraphModule, node: Node) -> Proxy:
     return Proxy(node, tracer)
 
 
-def _proxy(gm: GraphModule, value: Any) -> Any:
+def proxies(gm: GraphModule, value: Any) -> Any:
+    """Arguments with every node in them a value to compute with."""
     to_proxy: Any = lambda node: proxy(gm, node)  # noqa: E731
     return torch.fx.node.map_arg(value, to_proxy)
 
@@ -117,4 +118,4 @@ def rewrite(
     return make
 
 
-__all__ = ["Bound", "Rule", "emit", "proxy", "replace", "rewrite"]
+__all__ = ["Bound", "Rule", "emit", "proxies", "proxy", "replace", "rewrite"]

@@ -13,7 +13,6 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fasfx import ops
-from fasfx.ops import NEURONS
 from fasfx.program import constants, facts, fake
 
 aten = torch.ops.aten
@@ -48,11 +47,7 @@ def _shape(node: Any) -> tuple[Any, ...]:
     return tuple(value.shape) if value is not None else ()
 
 
-def _product_macs(node: Node) -> Any:
-    return math.prod(_shape(node))
-
-
-PRODUCT = Synapse((0, 1), _product_macs)  # element by element
+PRODUCT = Synapse((0, 1), lambda node: math.prod(_shape(node)))  # element by element
 _CONV, _TRANSPOSED = Synapse((0,), _conv_macs), Synapse((0,), _transposed_conv_macs)
 SYNAPSES: dict[Any, Synapse] = {
     aten.linear.default: Synapse((0, 1), _linear_macs),
@@ -122,16 +117,15 @@ class Carriers:
     def is_sent(self, node: Any) -> bool:
         """Whether a value comes out of a neuron: as a count, as a firing rate, or decoded by an explicit scale."""
         return isinstance(node, Node) and (
-            node.target in NEURONS
+            node.target in ops.NEURONS
             or is_firing_rate(node)
             or (node.target is aten.mul.Tensor and self._is_decoded(node))
         )
 
     def _is_decoded(self, node: Node) -> bool:
         """count * scale, where the scale is constant or computed from values (a dynamic threshold)."""
-        sent = [self.is_sent(operand(a)) for a in node.args]
-        others = [a for a, s in zip(node.args, sent, strict=True) if not s]
-        return len(others) == 1 and (not isinstance(others[0], Node) or others[0] in self._fixed | self.values)
+        others = [a for a in node.args if not self.is_sent(operand(a))]
+        return len(others) == 1 and all(not isinstance(a, Node) or a in self._fixed or a in self.values for a in others)
 
 
 def is_firing_rate(node: Node) -> bool:
@@ -186,9 +180,7 @@ def channel_dims(node: Node, position: int) -> tuple[int, ...]:
     """
     value = fake(node.args[position])
     assert value is not None
-    if node.target is aten.linear.default:
-        wanted = [-1]
-    elif node.target is aten.mul.Tensor:
+    if node.target in (aten.linear.default, aten.mul.Tensor):
         wanted = [-1]
     elif node.target is aten.matmul.default:
         wanted = [-3, -1 if position == 0 or _is_mixing(node) else -2]

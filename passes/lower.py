@@ -10,10 +10,13 @@ Dropout goes: a lowered program is for inference.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.ops.lookup import Cells, cells_of, table_of
 from fasfx.program import add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.step import make_step_graph
@@ -43,16 +46,20 @@ class Lower(Pass):
 
 def look_up(gm: GraphModule) -> None:
     """Replace every group by its table, under both schedules: a group settles within a tick."""
-    program = facts(gm)
+    made: dict[tuple[Any, ...], tuple[Cells, Node]] = {}  # by breakpoints and neurons: only the values differ
     for node in gm.graph.find_nodes(op="call_function", target=ops.group.op):
-        x, edges, _, function, _, _, left, right, scale, *_ = node.args
-        found = program.groups.pop(node.name)
-        table = (found.table * scale).to(attribute(gm, str(edges.target)))
-        low, high = (float(found.edges[end]) for end in (0, -1))
+        x, edges_node, values_node, function, unit, rest, left, right, scale, code, steps = cast(Any, node.args)
+        edges, values = (attribute(gm, str(n.target)) for n in (edges_node, values_node))
+        key = (edges_node, unit, rest, code, steps)
+        if key not in made:
+            cells = cells_of(edges.double(), unit, rest, code, steps)
+            made[key] = cells, add_tensor(gm, f"spikes_{function}", cells.spikes, node)
+        cells, spikes = made[key]
+        table = table_of(cells, edges.double(), values.double(), unit, rest).to(values)
         stored = add_tensor(gm, f"table_{function}", table, node)
-        result = insert(gm, node, node, ops.lookup.op, x, stored, function, low, high, left, right, scale)
-        program.groups[result.name] = found
-        node.replace_all_uses_with(result)
+        ends = [float(edges[end]) for end in (0, -1)]
+        place = (function, len(edges) - 1, *ends, left, right, scale)
+        node.replace_all_uses_with(insert(gm, node, node, ops.lookup.op, x, stored, spikes, *place))
         gm.graph.erase_node(node)
 
 

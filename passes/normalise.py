@@ -2,6 +2,7 @@
 
 Rules: addmm, mm, bmm, baddbmm become linear or matmul; RMSNorm and tanh-GELU written out in primitives become
 one operator; scaled dot-product attention is written out with deferred normalisation; views become reshapes.
+With nonlinear="spiking" norms, quotients, powers and softmax are written out in products and functions of one variable.
 Assertions, guards, aliases and conversions that convert nothing go.
 """
 

@@ -113,6 +113,7 @@ class _Watcher(Interpreter):
     def _widen(self, node: Node) -> None:
         """The range of the input of a function without tails."""
         low, high = self.env[arg(node, 0)].aminmax()
+        _require_finite(torch.stack([low, high]), node, self.batch)
         seen = self._ranges.get(node.name, (math.inf, -math.inf))
         self._ranges[node.name] = (min(seen[0], float(low)), max(seen[1], float(high)))
 
@@ -120,15 +121,19 @@ class _Watcher(Interpreter):
         depth = max((-d for d in site.channel), default=0)
         peak = reduce_peak(value, site.channel)
         peak = peak.reshape(peak.shape[peak.dim() - depth :])
-        if not bool(torch.isfinite(peak).all()):
-            raise CalibrationError(
-                f"calibration batch {self.batch} gives NaN or infinity at {describe(node)}\n"
-                "  check that batch's inputs and the model's weights"
-            )
+        _require_finite(peak, node, self.batch)
         site.peak = peak if site.peak is None else torch.maximum(site.peak, peak)
         if self._tails:
             tail = _tail(value, site.channel).reshape(peak.shape)
             site.tail = tail if site.tail is None else torch.maximum(site.tail, tail)
+
+
+def _require_finite(value: Tensor, node: Node, batch: int) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise CalibrationError(
+            f"calibration batch {batch} gives NaN or infinity at {describe(node)}\n"
+            "  check that batch's inputs and the model's weights"
+        )
 
 
 def _tail(value: Tensor, channel: tuple[int, ...]) -> Tensor:

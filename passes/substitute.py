@@ -17,8 +17,9 @@ from fasfx import ops
 from fasfx.groups import Group, bound_formula, group
 from fasfx.ledger import Bound, Entry, Exact
 from fasfx.levels import is_skipped
-from fasfx.ops.functions import FUNCTIONS, OPERATORS, function_of
-from fasfx.program import Declined, add_tensor, facts, fake, insert, module_path
+from fasfx.ops.functions import FUNCTIONS, OPERATORS, Function, function_of
+from fasfx.ops.reductions import REDUCTIONS
+from fasfx.program import Declined, add_tensor, arguments, facts, fake, insert, module_path
 from fasfx.rewrite import rewrite
 from fasfx.runner import Pass
 from fasfx.synapses import carried_values
@@ -62,39 +63,38 @@ class Substitute(Pass):
 
 def functions_to_groups(gm: GraphModule) -> bool:
     """Every function on values, outside skipped modules; True if there was one."""
-    values, changed = carried_values(gm), False
+    values, stored = carried_values(gm), dict[tuple[Group, torch.dtype], tuple[Node, Node]]()
     for node in [n for n in gm.graph.nodes if n.target in OPERATORS]:
         if not (node in values or node.target in _OF_POSITIONS) or is_skipped(gm, node):
             continue
-        name = function_of(node.target, _further_arguments(node))
+        name = function_of(node.target, arguments(node))
         if name is None:
             reason = f"no group is known for {node.target} with these arguments: register_function takes yours"
             facts(gm).declined.append(Declined("substitute", "function_to_group", node.name, reason))
             continue
-        _to_group(gm, node, name)
-        changed = True
-    return changed
+        _to_group(gm, node, FUNCTIONS[name], stored)
+    return bool(stored)
 
 
-def _further_arguments(node: Node) -> dict[str, Any]:
-    target: Any = node.target
-    names = [argument.name for argument in target._schema.arguments]
-    return {**dict(zip(names[1:], node.args[1:], strict=False)), **node.kwargs}
-
-
-def _to_group(gm: GraphModule, node: Node, name: str) -> None:
-    function, span = FUNCTIONS[name], None
-    population = max((facts(gm).sites[u.meta["site"]].population for u in node.users if "site" in u.meta), default=1)
-    if function.needs_range:
-        span = _with_headroom(*facts(gm).ranges[node.name])
-    found = group(name, *facts(gm).config.group(population), span)
+def _to_group(
+    gm: GraphModule, node: Node, function: Function, stored: dict[tuple[Group, torch.dtype], tuple[Node, Node]]
+) -> None:
+    config, sites = facts(gm).config, facts(gm).sites
+    population = max((sites[user.meta["site"]].population for user in node.users if "site" in user.meta), default=1)
+    span = _with_headroom(*facts(gm).ranges[node.name]) if function.needs_range else None
+    found = group(function.name, *config.group(population), span)
+    value = fake(node)
+    assert value is not None
+    dtype = value.dtype if value.dtype.itemsize >= 4 else torch.float32  # half precision computes in float32
+    if (found, dtype) not in stored:
+        edges, values = (tensor.to(dtype=dtype, device=value.device) for tensor in (found.edges, found.values))
+        stored[found, dtype] = (
+            add_tensor(gm, f"edges_{function.name}", edges, node),
+            add_tensor(gm, f"values_{function.name}", values, node),
+        )
     left, right = (tail[0] if tail else 0.0 for tail in (function.left, function.right))
-    edges, values = (
-        _shared(gm, f"group_{name}_{found.size}_{key}", getattr(found, key), node) for key in ("edges", "values")
-    )
-    place = (name, found.unit, found.rest, left, right, 1.0, found.code, found.steps)
-    result = insert(gm, node, node, ops.group.op, node.args[0], edges, values, *place)
-    facts(gm).groups[result.name] = found
+    place = (function.name, found.unit, found.rest, left, right, 1.0, found.code, found.steps)
+    result = insert(gm, node, node, ops.group.op, node.args[0], *stored[found, dtype], *place)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     _note(gm, node, result, found)
@@ -106,19 +106,10 @@ def _with_headroom(low: float, high: float) -> tuple[float, float]:
     return (max(low - spare, 0.0) if low >= 0 else low - spare, min(high + spare, 0.0) if high <= 0 else high + spare)
 
 
-def _shared(gm: GraphModule, name: str, value: Tensor, node: Node) -> Node:
-    """One stored tensor for all groups of a function; half precision computes in float32."""
-    given = fake(node)
-    assert given is not None
-    dtype = given.dtype if given.dtype.itemsize >= 4 else torch.float32
-    reads: list[Node] = [read for read in gm.graph.find_nodes(op="get_attr") if read.target == name]
-    return reads[0] if reads else add_tensor(gm, name, value.to(dtype=dtype, device=given.device), node)
-
-
 def _note(gm: GraphModule, node: Node, result: Node, found: Group) -> None:
     function = FUNCTIONS[found.function]
     where = "calibrated range" if function.needs_range else "all inputs"
-    relative = ", relative to the power of two" if function.reduction in ("exp", "reciprocal", "rsqrt", "sqrt") else ""
+    relative = ", relative to the power of two" if REDUCTIONS[function.reduction].relative else ""
     bound = Bound(bound_formula(found), f"{where}{relative}; K = {found.size}; but for float rounding")
     entry = Entry("substitute", f"group_{found.function}", result.name, module_path(node), bound, found.bound)
     facts(gm).ledger.add(entry)

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx import ops
-from fasfx.ops.functions import FUNCTIONS
-from fasfx.ops.reductions import REDUCTIONS
 from fasfx.program import arg, facts
 
 
@@ -121,13 +119,13 @@ class GroupCounter(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self._groups, self.spikes = facts(gm).groups, dict[str, float]()
+        self.spikes: dict[str, float] = {}
 
     def run_node(self, n: Node) -> Any:
         """Note the spikes of a group, running it."""
-        if (found := self._groups.get(n.name)) is not None:
-            function = FUNCTIONS[found.function]
-            z, _ = REDUCTIONS[function.reduction].split(self.env[arg(n, 0)].double())
-            index = ((z - found.edges[0]) * (2 / found.unit)).clamp(0, len(found.spikes) - 1)
-            self.spikes[n.name] = float(found.spikes[index.long()].double().mean())
+        if n.target is ops.lookup.op:
+            given: Any = self.map_nodes_to_values(n.args, n)
+            x, table, spikes, function, _, low, high, *_ = given
+            cell, _, _ = ops.lookup.cell_of(x, table, function, low, high)
+            self.spikes[n.name] = float(spikes[cell].double().mean())
         return super().run_node(n)

@@ -16,7 +16,11 @@ from fasfx.capture import capture
 from fasfx.coverage import FREE
 from fasfx.difference import Difference, main_output
 from fasfx.errors import CoverageError
-from fasfx.passes import Normalise
+from fasfx.graph_text import parse, text
+from fasfx.ops.functions import FUNCTIONS, OPERATORS
+from fasfx.ops.group import neurons_of
+from fasfx.ops.reductions import REDUCTIONS
+from fasfx.passes import Clip, Fold, Lower, Normalise, Substitute
 from fasfx.program import constants
 from fasfx.runner import Runner
 from fasfx.runtime import OnnxModel
@@ -103,16 +107,6 @@ def test_synchronous_error_falls(family: str, code: str) -> None:
     assert torch.equal(main_output(snn(**tiny_inputs(family))), main_output(list(snn.ticks(**tiny_inputs(family)))[-1]))
 
 
-def test_spikes_of_groups_are_counted() -> None:
-    _, snn = converted("bert")
-    found = snn.group_spikes(**tiny_inputs("bert"))
-    functions = snn.coverage.table[snn.coverage.table.kind == "function"]
-    assert set(found) == set(functions.node) and all(0 < spikes < 600 for spikes in found.values())
-    snn.schedule = "synchronous"
-    with pytest.raises(fasfx.errors.ConfigError, match="sequential"):
-        snn.group_spikes(**tiny_inputs("bert"))
-
-
 def test_radix_and_checkpoint(tmp_path: Path) -> None:
     model, snn = converted("llama", code="radix", timesteps=10)
     assert error(model, snn, "llama") < 0.1  # with exact functions .045
@@ -123,29 +117,98 @@ def test_radix_and_checkpoint(tmp_path: Path) -> None:
 
 
 class Functions(nn.Module):
-    """Every kind of reduction and tail behind one linear layer."""
+    """Every function that has a group, one of them on two ranges, and one that has none, behind a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.layer(x)
-        y = x.abs() + 0.01
-        curves = [x.exp(), x.tanh(), torch.nn.functional.gelu(x), torch.nn.functional.elu(x), x.atan(), y.log()]
-        return [*curves, y.sqrt(), y.rsqrt(), 1 / x, x.sin(), torch.nn.functional.silu(x), x**3]
+        found = {}
+        for function, name in OPERATORS.items():
+            if function.namespace == "aten":
+                found[name] = function(x.abs() + 0.01 if name in ("log", "sqrt", "rsqrt") else x)
+        tanh = torch.nn.functional.gelu(x, approximate="tanh")
+        return found | {"gelu_tanh": tanh, "atan_wide": (20 * x).atan(), "pow": x**3, "elu": torch.nn.functional.elu(x)}
 
 
-def test_onnx_gives_the_same_values(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def functions() -> tuple[fasfx.SpikingModel, dict[str, Tensor]]:
     torch.manual_seed(0)
-    model, x = Functions(), torch.randn(64, 8)
-    snn = fasfx.convert(model, [{"x": x}], SPIKING.replace(strict=False))
+    batch = {"x": torch.randn(64, 8)}
+    return fasfx.convert(Functions(), [batch], SPIKING.replace(strict=False)), batch
+
+
+def test_every_function_has_a_group(functions: tuple[fasfx.SpikingModel, dict[str, Tensor]]) -> None:
+    snn, _ = functions
     assert snn.coverage.float_operators == ["elu"]
+    rows = snn.coverage.table
+    assert {*FUNCTIONS} - {"fasfx_test_bump"} == {*rows[rows.kind == "function"].operator}
+
+
+def test_onnx_gives_the_same_values(functions: tuple[fasfx.SpikingModel, dict[str, Tensor]], tmp_path: Path) -> None:
+    snn, batch = functions
     snn.to_onnx(tmp_path)
-    for here, there in zip(snn(x), OnnxModel(tmp_path)(x=x), strict=True):
-        close = torch.isclose(here, there, rtol=1e-5, atol=1e-5)
-        assert float(close.float().mean()) > 0.995  # the others lie on a rounding tie
-        assert float((here - there).abs().max()) < 0.02 * float(here.abs().max())
+    there = OnnxModel(tmp_path)(**batch)
+    for name, here in snn(**batch).items():
+        close = torch.isclose(here, there[name], rtol=1e-5, atol=1e-5)
+        assert float(close.float().mean()) > 0.995, name  # the others lie on a rounding tie
+        assert float((here - there[name]).abs().max()) < 0.02 * float(here.abs().max()), name
+
+
+def test_a_checkpoint_keeps_the_ranges(functions: tuple[fasfx.SpikingModel, dict[str, Tensor]], tmp_path: Path) -> None:
+    snn, batch = functions
+    snn.save_pretrained(tmp_path / "net")
+    again = fasfx.SpikingModel.from_pretrained(tmp_path / "net")(**batch)
+    assert all(torch.equal(value, again[name]) for name, value in snn(**batch).items())
+
+
+@torch.no_grad()
+def test_levels_agree_and_groups_count_their_spikes(
+    functions: tuple[fasfx.SpikingModel, dict[str, Tensor]],
+) -> None:
+    """Stepwise groups before lowering and look-ups after it; text parses back and lowers to the same."""
+    snn, batch = functions
+    levels: list[GraphModule] = []
+    Runner([Clip(), Substitute(), Fold()], after=lambda _, gm: levels.append(gm)).run(snn.ranged)
+    expected = snn(**batch)
+    for program in levels[1:]:
+        for name, value in program(**batch).items():
+            close = torch.isclose(value, expected[name], rtol=1e-4, atol=1e-5)
+            assert float(close.float().mean()) > 0.98, name
+    folded = levels[-1]
+    tensors = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
+    again = Runner([Lower()]).run(parse(text(folded), tensors, snn.spike_config))
+    assert all(torch.equal(value, expected[name]) for name, value in again(**batch).items())
+    counter = Sent(folded)
+    with torch.no_grad():
+        counter.run(*batch.values())
+    found = snn.group_spikes(**batch)
+    assert [*found.values()] == pytest.approx(counter.sent, rel=0.02) and len(found) == len(counter.sent)
+    snn.schedule = "synchronous"
+    with pytest.raises(fasfx.errors.ConfigError, match="sequential"):
+        snn.group_spikes(**batch)
+    snn.schedule = "sequential"
+
+
+class Sent(Interpreter):
+    """Spikes per value of every stepwise group, each of its neurons simulated."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.sent: list[float] = []
+
+    def run_node(self, n: Node) -> Any:
+        if n.target is ops.group.op:
+            x, edges, _, function, unit, rest, _, _, _, code, steps = self.map_nodes_to_values(n.args, n)
+            z, _ = REDUCTIONS[FUNCTIONS[function].reduction].split(x)
+            neurons, total = neurons_of(edges, unit, rest), 0
+            for start, direction, counts, size in zip(*neurons, neurons.levels, strict=True):
+                current = ((z - start) * direction / unit).clamp(min=0).minimum(counts)
+                total += int((ops.CODES[code].spikes(current, steps, size, False) != 0).sum())
+            self.sent.append(total / z.numel())
+        return super().run_node(n)
 
 
 def test_what_has_no_group_is_named_and_strict_raises() -> None:

@@ -45,6 +45,7 @@ class Code:
     spikes:   the neuron itself, u -> int8 events [steps, ...], one step at a time.
     decode:   events -> n, the weighted sum of the spikes.
     ticking:  one tick of the synchronous schedule; None if the code has none.
+    settled:  steps after which a neuron group need not become more exact: those of a bound of about 2^-14 (rate 2^-12).
     bound:    largest |x - decoded x| for |x| <= theta and constant input, a sympy expression.
     source:   paper the neuron is from.
     """
@@ -55,6 +56,7 @@ class Code:
     spikes: Callable[[Tensor, int, int, bool], Tensor]
     decode: Callable[[Tensor, int], Tensor]
     ticking: Ticking | None
+    settled: int
     bound: sympy.Expr
     source: str
 
@@ -84,6 +86,7 @@ RATE = Code(
     spikes=rate.spikes,
     decode=rate.decode,
     ticking=Ticking(rate.unit, rate.tick, rate.reach, True, rate.event),
+    settled=2048,
     bound=THETA / (2 * T),
     source="Bu et al., ICLR 2022 (QCFS), eq. 9; FAS, arXiv 2502.04405",
 )
@@ -94,6 +97,7 @@ RADIX = Code(
     spikes=radix.spikes,
     decode=radix.decode,
     ticking=None,
+    settled=14,
     bound=THETA / (2 * (2**T - 1)),
     source="Stoeckl & Maass, Nature Machine Intelligence 2021; LAS, arXiv 2505.09659",
 )
@@ -104,9 +108,8 @@ MULTI = Code(
     spikes=multi.spikes,
     decode=multi.decode,
     ticking=Ticking(multi.unit, multi.tick, multi.reach, False, multi.event),
+    settled=7,
     bound=THETA * sympy.Max(sympy.Integer(4) ** (-T), sympy.Integer(2) ** (-LEVELS)),
     source="ECMT, arXiv 2502.21193; the nearest power of two in the linear sense quarters the worst case",
 )
 CODES: dict[str, Code] = {code.name: code for code in (MULTI, RADIX, RATE)}
-# The error of a neuron group, as a share of its range, below which no T asks it to go.
-FINEST = {"multi": 2.0**-14, "radix": 2.0**-14, "rate": 2.0**-12}

@@ -1,5 +1,6 @@
 """`fasfx::count`: the closed form of a unit-threshold neuron; what a lowered sequential network runs."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
 from fasfx.ops.codes import CODES
-from fasfx.ops.library import LIBRARY, straight_through
+from fasfx.ops.library import LIBRARY, onnx_number, straight_through
 from fasfx.ops.precision import needs_double
 
 LIBRARY.define("count(Tensor u, str code, int steps, int levels, bool signed) -> Tensor")
@@ -48,10 +49,7 @@ def onnx_count(u: TReal, code: str, steps: int, levels: int, signed: bool) -> TR
 
 
 def _onnx_count(u: Any, code: str, steps: int, low: int, top: int, kind: Any) -> Any:
-    def number(value: float) -> Any:
-        constant: Any = onnx_ir.tensor(np.array(value, kind))
-        return onnx.Constant(value=constant)
-
+    number = partial(onnx_number, kind=kind)
     if code != "multi":
         return onnx.Clip(onnx.Floor(onnx.Add(u, number(0.5))), number(low), number(top))
     split = number(2.0 ** np.finfo(kind).nmant + 1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import sympy
@@ -24,7 +23,7 @@ aten = torch.ops.aten
 class Function:
     """One row.
 
-    core:      what the group approximates, a sympy expression of `X` that is smooth except at 0.
+    core:      what the group approximates, a smooth sympy expression of `X`.
     reduction: how an input comes into the core's interval, a row of fasfx.ops.reductions.
     interval:  the core's; None: as wide as the tails ask for, or else the range seen in calibration.
     left, right: (slope, intercept) of the straight line the function becomes there; None if it does not.
@@ -124,17 +123,13 @@ def register(operator: Any, function: Function) -> None:
 
 
 def function_of(operator: Any, arguments: dict[str, Any]) -> str | None:
-    """The name of the function an operator with these further arguments computes; None if there is none."""
+    """The name of the function that an operator computes with these arguments, by name; None if there is none."""
     name = OPERATORS.get(operator)
-    if name == "gelu" and arguments.get("approximate") == "tanh":
+    if name == "gelu" and arguments["approximate"] == "tanh":
         return "gelu_tanh"
-    defaults = {"approximate": "none", "beta": 1, "threshold": 20}
-    usual = all(defaults.get(key, value) == value for key, value in arguments.items())
-    return name if usual else None
-
-
-def _folded(pair: Any) -> Callable[..., Tensor]:
-    return lambda *values: reduce(pair, torch.broadcast_tensors(*map(_number, values)))
+    if name == "softplus" and (arguments["beta"], arguments["threshold"]) != (1, 20):
+        return None
+    return name
 
 
 def _number(value: Any) -> Tensor:
@@ -143,7 +138,7 @@ def _number(value: Any) -> Tensor:
 
 _NAMES = ("exp", "log", "sqrt", "tanh", "erf", "sin", "cos", "atan", "sinh", "cosh", "asinh")
 _TORCH: dict[str, Any] = {name: lambda value, name=name: getattr(torch, name)(_number(value)) for name in _NAMES}
-_TORCH |= {"pi": math.pi, "Abs": torch.abs, "Max": _folded(torch.maximum), "Min": _folded(torch.minimum)}
+_TORCH["pi"] = math.pi
 
 
 def numeric(expression: sympy.Expr) -> Callable[[Tensor], Tensor]:

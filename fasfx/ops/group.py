@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,31 +18,33 @@ LIBRARY.define(
 )
 
 
-@dataclass(frozen=True)
-class GroupNeuron:
-    """One neuron: fires for the part of the input between `start` and start + direction * threshold.
+class Neurons(NamedTuple):
+    """The neurons between consecutive breakpoints, one entry each, [K].
 
-    weight: what one of its counts adds to the group's output.   levels: so that 2^(levels - 1) counts are a threshold.
+    start:     the end nearer to rest, where a neuron begins to fire.
+    direction: 1 if it fires for more than that, -1 if for less.
+    counts:    its threshold, a power of two.
     """
 
-    start: float
-    direction: int
-    unit: float
-    weight: float
-    levels: int
+    start: Tensor
+    direction: Tensor
+    counts: Tensor
 
-    def current(self, z: Tensor) -> Tensor:
-        """Its input in counts, in [0, 2^(levels - 1)]; shape of z."""
-        return ((z - self.start) * (self.direction / self.unit)).clamp(0, 2.0 ** (self.levels - 1))
+    @property
+    def levels(self) -> list[int]:
+        """So that 2^(levels - 1) counts are the threshold."""
+        return [int(counts).bit_length() for counts in self.counts.tolist()]
+
+    def weights(self, values: Tensor) -> Tensor:
+        """What one count of each adds to the group's output."""
+        return self.direction * values.diff() / self.counts
 
 
-def neurons_of(edges: Tensor, values: Tensor, unit: float, rest: float) -> Iterator[GroupNeuron]:
-    """The neurons between consecutive breakpoints, each beginning at its end nearer to rest."""
-    points, heights = edges.tolist(), values.tolist()
-    for a, b, at_a, at_b in zip(points, points[1:], heights, heights[1:], strict=False):
-        counts = round((b - a) / unit)
-        weight, levels = (at_b - at_a) / counts, counts.bit_length()
-        yield GroupNeuron(a, 1, unit, weight, levels) if a >= rest else GroupNeuron(b, -1, unit, -weight, levels)
+def neurons_of(edges: Tensor, unit: float, rest: float) -> Neurons:
+    """From breakpoints [K + 1]."""
+    upwards = edges[:-1] >= rest
+    start, direction = torch.where(upwards, edges[:-1], edges[1:]), torch.where(upwards, 1.0, -1.0).to(edges)
+    return Neurons(start, direction, (edges.diff() / unit).round())
 
 
 def group(
@@ -56,20 +57,22 @@ def group(
     Error:  the group's bound (fasfx.groups), certified on the core's interval and the tails.
     Grad:   that of the function itself.
     """
-    wide = x.detach().to(edges.dtype)
-    z, k = REDUCTIONS[FUNCTIONS[function].reduction].split(wide)
-    total = torch.zeros_like(z) + values[edges == rest]
-    for neuron in neurons_of(edges, values, unit, rest):
-        events = CODES[code].spikes(neuron.current(z), steps, neuron.levels, False)
-        total = total + neuron.weight * CODES[code].decode(events, neuron.levels).to(z.dtype)
-    total = with_ramps(total, z, left, right)
-    return like_function(REDUCTIONS[FUNCTIONS[function].reduction].join(total, k).to(x.dtype), x, function, scale)
+    reduction = REDUCTIONS[FUNCTIONS[function].reduction]
+    z, k = reduction.split(x.detach().to(edges.dtype))
+    neurons = neurons_of(edges, unit, rest)
+    total = torch.zeros_like(z) + (values * (edges == rest)).sum()
+    parts = zip(*neurons, neurons.weights(values), neurons.levels, strict=True)
+    for start, direction, counts, weight, levels in parts:
+        current = ((z - start) * (direction / unit)).clamp(min=0).minimum(counts)
+        events = CODES[code].spikes(current, steps, levels, False)
+        total = total + weight * CODES[code].decode(events, levels).to(z.dtype)
+    return like_function(reduction.join(with_ramps(total, z, left, right), k).to(x.dtype), x, function, scale)
 
 
 def with_ramps(y: Tensor, z: Tensor, left: float, right: float) -> Tensor:
     """y plus left * min(z, 0) plus right * max(z, 0): the straight parts of a function, which no neuron has to bend."""
-    y = y if right == 0 else y + (z.clamp(min=0) if right == 1 else right * z.clamp(min=0))
-    return y if left == 0 else y + left * z.clamp(max=0)
+    y = y + right * z.clamp(min=0) if right else y
+    return y + left * z.clamp(max=0) if left else y
 
 
 def like_function(y: Tensor, x: Tensor, function: str, scale: float) -> Tensor:

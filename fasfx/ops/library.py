@@ -6,7 +6,12 @@ and the autograd formula; torch.export keeps it as one node, torch.compile looks
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import onnx_ir
 import torch
+from onnxscript import opset18 as onnx
 from torch import Tensor
 
 LIBRARY = torch.library.Library("fasfx", "DEF")
@@ -23,3 +28,14 @@ def straight_through(count: Tensor, u: Tensor, low: int, top: int) -> Tensor:
         clipped = u.clamp(low, top)
         return clipped + (count - clipped).detach()
     return count
+
+
+def onnx_number(value: float, kind: Any) -> Any:
+    """A constant of an ONNX graph, [], of a numpy dtype."""
+    return onnx_tensor(np.array(value, kind))
+
+
+def onnx_tensor(value: Any) -> Any:
+    """A numpy array as a constant of an ONNX graph."""
+    constant: Any = onnx_ir.tensor(value)
+    return onnx.Constant(value=constant)

@@ -1,39 +1,83 @@
 """`fasfx::lookup`: the closed form of a neuron group, one look-up of its input's half count."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import onnx_ir
 import torch
+from onnxscript import INT32
 from onnxscript import opset18 as onnx
 from onnxscript.function_libs.torch_lib.registration import torch_op
 from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
+from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS
-from fasfx.ops.group import like_function, with_ramps
-from fasfx.ops.library import LIBRARY
+from fasfx.ops.group import like_function, neurons_of, with_ramps
+from fasfx.ops.library import LIBRARY, onnx_number
 from fasfx.ops.reductions import REDUCTIONS, onnx_join, onnx_split, onnx_take
 
 LIBRARY.define(
-    "lookup(Tensor x, Tensor table, str function, float low, float high, float left, float right, float scale) "
-    "-> Tensor"
+    "lookup(Tensor x, Tensor table, Tensor spikes, str function, int neurons, float low, float high, float left, "
+    "float right, float scale) -> Tensor"
 )
 
 
 def lookup(
-    x: Tensor, table: Tensor, function: str, low: float, high: float, left: float, right: float, scale: float
-) -> Tensor:
+    x: Tensor, table: Tensor, spikes: Tensor, function: str, neurons: int, low: float, high: float, left: float,
+    right: float, scale: float,
+) -> Tensor:  # fmt: skip
     """What `fasfx::group` gives, from a table over the half counts of [low, high]: ties apart, the same numbers.
 
-    Shape:  x any, table [cells + 1]; result like x.   Grad: that of the function itself.
+    Shape:  x any, table and spikes [cells + 1]; result like x.   Grad: that of the function itself.
+    spikes, neurons: how many spikes all K neurons send together for each half count, and K; for reports.
     """
-    reduction = REDUCTIONS[FUNCTIONS[function].reduction]
-    z, k = reduction.split(x.detach().to(table.dtype))
+    cell, z, k = cell_of(x, table, function, low, high)
+    y = torch.nn.functional.embedding(cell, table.unsqueeze(1)).squeeze(-1)
+    y = REDUCTIONS[FUNCTIONS[function].reduction].join(with_ramps(y, z, left, right), k)
+    return like_function(y.to(x.dtype), x, function, scale)
+
+
+def cell_of(x: Tensor, table: Tensor, function: str, low: float, high: float) -> tuple[Tensor, Tensor, Any]:
+    """The half count of x, int32, and what the reduction needs to go back."""
+    z, k = REDUCTIONS[FUNCTIONS[function].reduction].split(x.detach().to(table.dtype))
     cells = table.numel() - 1
-    index = ((z - low) * (cells / (high - low))).clamp_(0, cells)
-    y = torch.nn.functional.embedding(index.to(torch.int32), table.unsqueeze(1)).squeeze(-1)
-    return like_function(reduction.join(with_ramps(y, z, left, right), k).to(x.dtype), x, function, scale)
+    return ((z - low) * (cells / (high - low))).clamp_(0, cells).to(torch.int32), z, k
+
+
+class Cells(NamedTuple):
+    """For every half count of the input, [cells + 1]: segment, count of that neuron, spikes of all together."""
+
+    segment: Tensor
+    counts: Tensor
+    spikes: Tensor
+
+
+def cells_of(edges: Tensor, unit: float, rest: float, code: str, steps: int) -> Cells:
+    """From breakpoints [K + 1] in float64. The last half count is the end of the range."""
+    row, neurons, levels = CODES[code], neurons_of(edges, unit, rest), neurons_of(edges, unit, rest).levels
+    cells = round(float(edges[-1] - edges[0]) / (unit / 2))
+    middle = edges[0] + (torch.arange(cells + 1, dtype=edges.dtype, device=edges.device) + 0.5) * (unit / 2)
+    middle[-1] = edges[-1]
+    segment = (torch.searchsorted(edges, middle, right=True) - 1).clamp(0, len(edges) - 2)
+    u = ((middle - neurons.start[segment]).abs() / unit).minimum(neurons.counts[segment])
+    counts, active = torch.zeros_like(u), torch.zeros_like(segment)
+    for top in neurons.counts.unique():
+        here = neurons.counts[segment] == top
+        events = row.spikes(u[here], steps, int(top).bit_length(), False)
+        counts[here] = row.decode(events, int(top).bit_length()).to(u.dtype)
+        active[here] = (events != 0).sum(0)
+    trains = [row.spikes(top[None], steps, n, False) for top, n in zip(neurons.counts, levels, strict=True)]
+    full = torch.tensor([int((events != 0).sum()) for events in trains], device=edges.device)
+    upwards = neurons.direction > 0  # neurons between rest and this one are full
+    between = torch.where(upwards, (full * upwards).cumsum(0), (full * ~upwards).flip(0).cumsum(0).flip(0)) - full
+    return Cells(segment, counts, (between[segment] + active).to(torch.int32))
+
+
+def table_of(cells: Cells, edges: Tensor, values: Tensor, unit: float, rest: float) -> Tensor:
+    """What a group with these values gives for every half count."""
+    neurons = neurons_of(edges, unit, rest)
+    at_start = torch.where(neurons.direction > 0, values[:-1], values[1:])
+    return at_start[cells.segment] + neurons.weights(values)[cells.segment] * cells.counts
 
 
 LIBRARY.impl("lookup", lookup, "CompositeImplicitAutograd")
@@ -42,9 +86,10 @@ op = torch.ops.fasfx.lookup.default
 
 @torch_op("fasfx::lookup", trace_only=True)
 def onnx_lookup(
-    x: TReal, table: TReal, function: str, low: float, high: float, left: float, right: float, scale: float
-) -> TReal:
-    """The same in ONNX: Mul, Add, Clip, Cast and Gather, and what the reduction needs."""
+    x: TReal, table: TReal, spikes: INT32, function: str, neurons: int, low: float, high: float, left: float,
+    right: float, scale: float,
+) -> TReal:  # fmt: skip
+    """The same in ONNX: Mul, Add, Clip, Cast and GatherElements, and what the reduction needs."""
     source: Any = x
     rows: Any = table
     given, wide = np.dtype(source.dtype.numpy()), np.dtype(rows.dtype.numpy())
@@ -52,17 +97,12 @@ def onnx_lookup(
     reduction = FUNCTIONS[function].reduction
     z, k = onnx_split(reduction, value, wide)
     cells = int(rows.shape[0]) - 1
-
-    def number(value: float) -> Any:
-        constant: Any = onnx_ir.tensor(np.array(value, wide))
-        return onnx.Constant(value=constant)
-
-    position = onnx.Mul(onnx.Sub(z, number(low)) if low else z, number(cells / (high - low)))
-    y: Any = onnx_take(rows, onnx.Clip(position, number(0), number(cells)))
+    position = onnx.Mul(onnx.Sub(z, onnx_number(low, wide)) if low else z, onnx_number(cells / (high - low), wide))
+    y: Any = onnx_take(rows, onnx.Clip(position, onnx_number(0, wide), onnx_number(cells, wide)))
     if right:
-        y = onnx.Add(y, onnx.Mul(onnx.Relu(z), number(right)) if right != 1 else onnx.Relu(z))
+        y = onnx.Add(y, onnx.Mul(onnx.Relu(z), onnx_number(right, wide)))
     if left:
-        y = onnx.Sub(y, onnx.Mul(onnx.Relu(onnx.Neg(z)), number(left)))
+        y = onnx.Sub(y, onnx.Mul(onnx.Relu(onnx.Neg(z)), onnx_number(left, wide)))
     y = onnx_join(reduction, y, k, wide)
     out: TReal = y if given == wide else onnx.CastLike(y, source)
     return out

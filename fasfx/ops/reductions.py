@@ -1,6 +1,6 @@
 """Bringing any float into the interval of a group, and back: shifts of the exponent, whole periods.
 
-split: x -> (z, k), z in the core's interval; join: (core(z), k, x) -> f(x). Multiplying by 2^k is a shift.
+split: x -> (z, k), z in the core's interval; join: (core(z), k) -> f(x). Multiplying by 2^k is a shift.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ import torch
 from onnxscript import opset18 as onnx
 from torch import Tensor
 
+from fasfx.ops.library import onnx_number, onnx_tensor
+
 _BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}  # integer, mantissa, bias
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """split and join in torch; `scale` of a result passes through the core unless it is added to afterwards."""
+    """split and join in torch.
+
+    scales:  whether a factor on the result is one on the core: not where something is added afterwards.
+    relative: whether the core's error counts relative to a power of two.
+    """
 
     split: Callable[[Tensor], tuple[Tensor, Any]]
     join: Callable[[Tensor, Any], Tensor]
     scales: bool = True
+    relative: bool = False
 
 
 def power_of_two(k: Tensor, dtype: torch.dtype) -> Tensor:
@@ -71,10 +78,10 @@ def _period_split(x: Tensor) -> tuple[Tensor, None]:
 
 REDUCTIONS: dict[str, Reduction] = {
     "none": Reduction(lambda x: (x, None), lambda y, _: y),
-    "exp": Reduction(_exp_split, lambda y, k: y * power_of_two(k, y.dtype)),
-    "reciprocal": Reduction(_reciprocal_split, lambda y, parts: shifted(y, -parts[0]) * parts[1]),
-    "rsqrt": Reduction(_root_split, lambda y, k: y * power_of_two(-k, y.dtype)),
-    "sqrt": Reduction(_root_split, lambda y, k: y * power_of_two(k, y.dtype)),
+    "exp": Reduction(_exp_split, lambda y, k: y * power_of_two(k, y.dtype), relative=True),
+    "reciprocal": Reduction(_reciprocal_split, lambda y, parts: shifted(y, -parts[0]) * parts[1], relative=True),
+    "rsqrt": Reduction(_root_split, lambda y, k: y * power_of_two(-k, y.dtype), relative=True),
+    "sqrt": Reduction(_root_split, lambda y, k: y * power_of_two(k, y.dtype), relative=True),
     "log": Reduction(_mantissa, lambda y, k: y + k * math.log(2), scales=False),
     "period": Reduction(_period_split, lambda y, _: y),
 }
@@ -88,26 +95,26 @@ def onnx_split(reduction: str, x: Any, kind: Any) -> tuple[Any, Any]:
     if reduction == "none":
         return x, None
     if reduction == "period":
-        turns = onnx.Div(x, _constant(2 * math.pi, kind))
+        turns = onnx.Div(x, onnx_number(2 * math.pi, kind))
         return onnx.Sub(turns, onnx.Floor(turns)), None
     if reduction == "exp":
         bias = _bias(kind)
         t = onnx.Clip(
-            onnx.Mul(x, _constant(math.log2(math.e), kind)), _constant(-bias - 1, kind), _constant(bias + 1, kind)
+            onnx.Mul(x, onnx_number(math.log2(math.e), kind)), onnx_number(-bias - 1, kind), onnx_number(bias + 1, kind)
         )
         k = onnx.Floor(t)
         return onnx.Sub(t, k), k
     size = onnx.Abs(x) if reduction == "reciprocal" else x
-    size = onnx.Clip(size, _constant(np.finfo(kind).tiny, kind), _constant(np.finfo(kind).max, kind))
+    size = onnx.Clip(size, onnx_number(np.finfo(kind).tiny, kind), onnx_number(np.finfo(kind).max, kind))
     z, e = _onnx_mantissa(size, kind)
     if reduction == "log":
         return z, e
     if reduction == "reciprocal":
-        negative = onnx.Less(x, _constant(0, kind))
-        return z, (e, onnx.Where(negative, _constant(-1, kind), _constant(1, kind)))
-    k = onnx.Floor(onnx.Mul(e, _constant(0.5, kind)))
-    odd = onnx.Sub(e, onnx.Mul(k, _constant(2, kind)))
-    return onnx.Mul(z, onnx.Add(odd, _constant(1, kind))), k
+        negative = onnx.Less(x, onnx_number(0, kind))
+        return z, (e, onnx.Where(negative, onnx_number(-1, kind), onnx_number(1, kind)))
+    k = onnx.Floor(onnx.Mul(e, onnx_number(0.5, kind)))
+    odd = onnx.Sub(e, onnx.Mul(k, onnx_number(2, kind)))
+    return onnx.Mul(z, onnx.Add(odd, onnx_number(1, kind))), k
 
 
 def onnx_join(reduction: str, y: Any, k: Any, kind: Any) -> Any:
@@ -115,7 +122,7 @@ def onnx_join(reduction: str, y: Any, k: Any, kind: Any) -> Any:
     if reduction in ("none", "period"):
         return y
     if reduction == "log":
-        return onnx.Add(y, onnx.Mul(k, _constant(math.log(2), kind)))
+        return onnx.Add(y, onnx.Mul(k, onnx_number(math.log(2), kind)))
     if reduction == "reciprocal":
         return onnx.Mul(_onnx_shifted(y, onnx.Neg(k[0]), kind), k[1])
     return onnx.Mul(y, _onnx_power(onnx.Neg(k) if reduction == "rsqrt" else k, kind))
@@ -123,17 +130,17 @@ def onnx_join(reduction: str, y: Any, k: Any, kind: Any) -> Any:
 
 def _onnx_mantissa(size: Any, kind: Any) -> tuple[Any, Any]:
     """z in [1, 2) and the exponent; the logarithm may round across a power of two, so both are put right."""
-    e = onnx.Floor(onnx.Mul(onnx.Log(size), _constant(1 / math.log(2), kind)))
+    e = onnx.Floor(onnx.Mul(onnx.Log(size), onnx_number(1 / math.log(2), kind)))
     z = _onnx_shifted(size, onnx.Neg(e), kind)
-    one, two = _constant(1, kind), _constant(2, kind)
+    one, two = onnx_number(1, kind), onnx_number(2, kind)
     up = onnx.Cast(onnx.GreaterOrEqual(z, two), to=_onnx_type(kind))
     down = onnx.Cast(onnx.Less(z, one), to=_onnx_type(kind))
-    z = onnx.Mul(z, onnx.Sub(onnx.Add(one, down), onnx.Mul(up, _constant(0.5, kind))))
+    z = onnx.Mul(z, onnx.Sub(onnx.Add(one, down), onnx.Mul(up, onnx_number(0.5, kind))))
     return z, onnx.Sub(onnx.Add(e, up), down)
 
 
 def _onnx_shifted(y: Any, k: Any, kind: Any) -> Any:
-    half = onnx.Floor(onnx.Mul(k, _constant(0.5, kind)))
+    half = onnx.Floor(onnx.Mul(k, onnx_number(0.5, kind)))
     return onnx.Mul(onnx.Mul(y, _onnx_power(half, kind)), _onnx_power(onnx.Sub(k, half), kind))
 
 
@@ -142,8 +149,8 @@ def _onnx_power(k: Any, kind: Any) -> Any:
     with np.errstate(over="ignore"):
         powers = np.exp2(np.arange(-bias, bias + 2, dtype=np.float64)).astype(kind)
     powers[0] = 0  # below the normal range
-    index = onnx.Clip(onnx.Add(k, _constant(bias, kind)), _constant(0, kind), _constant(2 * bias + 1, kind))
-    return onnx_take(_tensor(powers), index)
+    index = onnx.Clip(onnx.Add(k, onnx_number(bias, kind)), onnx_number(0, kind), onnx_number(2 * bias + 1, kind))
+    return onnx_take(onnx_tensor(powers), index)
 
 
 def onnx_take(table: Any, index: Any) -> Any:
@@ -152,7 +159,7 @@ def onnx_take(table: Any, index: Any) -> Any:
     GatherElements on flat indices: ONNX Runtime's Gather takes nine times as long for single numbers.
     """
     whole: Any = onnx.Cast(index, to=onnx_ir.DataType.INT32)
-    flat: Any = onnx.Reshape(whole, _tensor(np.array([-1], np.int64)))
+    flat: Any = onnx.Reshape(whole, onnx_tensor(np.array([-1], np.int64)))
     return onnx.Reshape(onnx.GatherElements(table, flat, axis=0), onnx.Shape(whole))
 
 
@@ -162,12 +169,3 @@ def _bias(kind: Any) -> int:
 
 def _onnx_type(kind: Any) -> Any:
     return onnx_ir.DataType.from_numpy(np.dtype(kind))
-
-
-def _constant(value: float, kind: Any) -> Any:
-    return _tensor(np.array(value, kind))
-
-
-def _tensor(value: Any) -> Any:
-    constant: Any = onnx_ir.tensor(value)
-    return onnx.Constant(value=constant)

@@ -12,7 +12,7 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
 from fasfx.ops.codes import CODES, Ticking
-from fasfx.ops.library import LIBRARY
+from fasfx.ops.library import LIBRARY, onnx_number
 from fasfx.ops.precision import needs_double
 
 LIBRARY.define("tick(Tensor u, Tensor sent, Tensor number, str code, int levels, bool signed) -> Tensor")
@@ -65,22 +65,17 @@ def onnx_tick(u: TReal, sent: TReal, number: INT64, code: str, levels: int, sign
     return out
 
 
-def _number(value: float, kind: Any) -> Any:
-    constant: Any = onnx_ir.tensor(np.array(value, kind))
-    return onnx.Constant(value=constant)
-
-
 def _rate(u: Any, sent: Any, number: Any, low: int, top: int, kind: Any) -> Any:
-    unsent = onnx.Floor(onnx.Add(onnx.Sub(onnx.Mul(u, number), sent), _number(0.5, kind)))
-    return onnx.Add(onnx.Clip(unsent, _number(-1, kind), _number(1, kind)), sent)
+    unsent = onnx.Floor(onnx.Add(onnx.Sub(onnx.Mul(u, number), sent), onnx_number(0.5, kind)))
+    return onnx.Add(onnx.Clip(unsent, onnx_number(-1, kind), onnx_number(1, kind)), sent)
 
 
 def _multi(u: Any, sent: Any, number: Any, low: int, top: int, kind: Any) -> Any:
-    lowest, highest = _number(-top, kind), _number(top, kind)
-    unsent = onnx.Sub(onnx.Clip(u, lowest if low else _number(0, kind), highest), sent)
+    lowest, highest = onnx_number(-top, kind), onnx_number(top, kind)
+    unsent = onnx.Sub(onnx.Clip(u, lowest if low else onnx_number(0, kind), highest), sent)
     unsent = onnx.Clip(unsent, lowest, highest) if low else unsent
-    unsent = onnx.Add(onnx.Floor(unsent), _number(0.5, kind))
-    scaled = onnx.Mul(unsent, _number(2.0 ** np.finfo(kind).nmant + 1, kind))
+    unsent = onnx.Add(onnx.Floor(unsent), onnx_number(0.5, kind))
+    scaled = onnx.Mul(unsent, onnx_number(2.0 ** np.finfo(kind).nmant + 1, kind))
     spike = onnx.Sub(scaled, onnx.Sub(scaled, unsent))
     return onnx.Round(onnx.Add(spike, sent))  # to even: only +-1/2, silence, is ever rounded
 
