@@ -42,7 +42,8 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     if form != "closed":
         _require_exportable(model, form)
     inputs = example_inputs(model)
-    config = OnnxConfig(dynamic=True, dynamic_shapes=_shapes(model), opset_version=opset_version)
+    shapes = _shapes(model)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset_version, optimize=False)
     module = _Closed(model) if form == "closed" else _Step(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs

@@ -8,12 +8,35 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir
+from onnx_ir.passes import common
+from onnxscript.optimizer import fold_constants_ir
 from onnxscript.rewriter import pattern, rewrite
+from onnxscript.rewriter.rules import common as known
 
 
 def for_runtime(program: onnx_ir.Model) -> onnx_ir.Model:
-    """Apply every rule wherever it matches."""
-    return rewrite(program, pattern_rewrite_rules=RULES)
+    """Store every constant once, compute what is known, merge what is equal, then apply every rule.
+
+    In the place of onnxscript's own optimizer, which takes the square of the number of nodes (docs/decisions/0007).
+    """
+    _tidy(program)
+    fold_constants_ir(program)
+    program = rewrite(program, pattern_rewrite_rules=RULES)
+    _tidy(program)
+    return program
+
+
+def _tidy(program: onnx_ir.Model) -> None:
+    onnx_ir.passes.Sequential(
+        common.InlinePass(),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(program)
 
 
 def _gelu(op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
@@ -67,6 +90,11 @@ def _is_bounded(context: Any, factor: Any, zero: Any, top: Any, half: Any = None
 
 
 RULES = (
+    *(known.add_0_rule, known.sub_0_rule, known.mul_by_1_rule, known.div_by_1_rule),
+    *(known.cast_cast_rule, known.no_op_cast_rule, known.no_op_expand_rule),
+    *(known.no_op_transpose_rule, known.transpose_transpose_rule),
+    *(known.reshape_reshape_rule, known.unsqueeze_unsqueeze_rule),
+    *(known.collapse_slice_rule, known.collapse_slice2_rule),
     pattern.RewriteRule(_gelu, _fusible_gelu, _is_half, name="gelu"),
     pattern.RewriteRule(_clipped_count, _count, _is_bounded, name="bounded_count", remove_nodes=False),
     pattern.RewriteRule(_clipped_input, _input, _is_bounded, name="bounded_input", remove_nodes=False),
