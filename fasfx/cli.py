@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError, FasfxError
-from fasfx.terminal import equivalence, progress, quiet, say, show, silent, table, working
+from fasfx.terminal import contributions, equivalence, progress, quiet, say, show, silent, table, working
 
 if TYPE_CHECKING:
     from fasfx.config import SpikeConfig
@@ -19,6 +19,7 @@ SAME_TEXT = (
     "measured on the sentences that `fasfx convert` calibrates on when it is given no --calibration; "
     "--data FILE measures on text of your own"
 )
+MOST = 5  # sites and groups that `check` names
 PRESETS = ("fas", "low_latency", "integer")
 
 
@@ -132,6 +133,10 @@ def check(
             found = fasfx.check(original, snn, batches, timesteps=steps, progress=report)
         equivalence(found.table, f"{model} and its spiking network, {snn.spike_config.code} code, {snn.schedule}")
         show(_latency(found, tolerance))
+        title = (
+            f"First-order prediction at T = {snn.timesteps}: {found.predicted:.3%} from all sites and groups, most from"
+        )
+        contributions(found.contributions.head(MOST), title)
         if plot:
             _draw(found.plot, plot)
         if raster:

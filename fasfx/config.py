@@ -62,7 +62,7 @@ class SpikeConfig:
     schedule: Literal["sequential", "synchronous"] = "sequential"
     coverage: Literal["matmul", "activation"] = "matmul"
     activation: Literal["keep", "replace"] = "keep"
-    nonlinear: Literal["exact", "spiking"] = "exact"
+    nonlinear: Literal["exact", "spiking"] = "spiking"
     threshold: Literal["max", "percentile"] = "max"
     margin: float | None = None
     granularity: Literal["tensor", "channel", "token"] | None = None
@@ -155,12 +155,13 @@ class SpikeConfig:
 
     @classmethod
     def fas(cls, timesteps: int = 8, **changes: Any) -> SpikeConfig:
-        """The paper's recipe: rate code, synchronous, QCFS in the place of activation functions."""
+        """The paper's recipe: rate code, synchronous, QCFS in the place of activation functions, the rest in float."""
         recipe = {
             "code": "rate",
             "schedule": "synchronous",
             "coverage": "activation",
             "activation": "replace",
+            "nonlinear": "exact",
         }
         return cls().replace(timesteps=timesteps, **(recipe | changes))
 
@@ -171,8 +172,9 @@ class SpikeConfig:
 
     @classmethod
     def integer(cls, timesteps: int = 7, **changes: Any) -> SpikeConfig:
-        """Radix code and int8 weights: fewest spikes, fastest runtime."""
-        return cls().replace(timesteps=timesteps, **({"code": "radix", "weights": "int8"} | changes))
+        """Radix code and int8 weights, functions in float: fewest spikes, fastest runtime."""
+        recipe = {"code": "radix", "weights": "int8", "nonlinear": "exact"}
+        return cls().replace(timesteps=timesteps, **(recipe | changes))
 
 
 def _check_integer(name: str, value: object, low: int, high: int | None) -> None:

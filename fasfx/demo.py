@@ -119,5 +119,6 @@ def _pool(output: Any, batch: dict[str, Any]) -> Tensor:
 def _coverage(snn: fasfx.SpikingModel) -> None:
     """What is and what is not spiking."""
     found = snn.coverage
-    show(f"{found.spike_driven_macs:.1%} of multiply-accumulates (linear layers, attention) are spike-driven.")
-    show(f"In float, not spiking: softmax, norms, activations ({', '.join(found.float_operators)}).")
+    show(f"{found.spike_driven_macs:.1%} of multiply-accumulates (linear layers, attention) are spike-driven,")
+    show(f"and {found.spike_driven_operators:.1%} of all operators, softmax, norms and activations too.")
+    show(f"In float, not spiking: {', '.join(found.float_operators) or 'none'}.")

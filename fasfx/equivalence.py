@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Interpreter, Node
 
 from fasfx import ops
 from fasfx.calibration import as_batch
@@ -17,7 +16,9 @@ from fasfx.capture import evaluating
 from fasfx.config import SpikeConfig
 from fasfx.difference import Difference, main_output, output_mask
 from fasfx.errors import InputError
+from fasfx.local_errors import GroupFigures, LocalErrors, Prediction, predict
 from fasfx.model import SpikingModel, depth
+from fasfx.passes.substitute import GROUP
 from fasfx.program import facts
 from fasfx.synapses import reduce_peak
 
@@ -35,16 +36,22 @@ class Equivalence:
     """What fasfx.check measured.
 
     table: timesteps, relative_l2, cosine, max (of the main output), bound (the largest share of its threshold by
-           which one neuron may err for constant input: a bound per neuron, not of the output), spikes (per neuron, up
-           to that T). Under the synchronous schedule a row is what stands there after that tick.
+           which one neuron may err for constant input: a bound per neuron, not of the output), spikes (per value
+           sent, up to that T). Under the synchronous schedule a row is what stands there after that tick.
     sites: at the model's own T, per site: firing_rate (spikes per neuron and step), clip_share (values beyond the
            threshold), dead_share (channels that never fire), snr_db (decoded spikes against the original's value,
-           errors of earlier layers included).
+           errors of earlier layers included), predicted (relative L2 error of the output that the site's own error
+           alone would cause, to first order and for constant input).
+    groups: at the model's own T, per neuron group: function, neurons (K), bound (certified) and measured (the largest
+           error on these batches, in the bound's unit), clip_share (inputs beyond a calibrated range), predicted.
+    predicted: the same for all sites and groups together, on the first batch.
     depth: most neurons on any path; a sequential network answers after depth * T ticks.
     """
 
     table: pandas.DataFrame
     sites: pandas.DataFrame
+    groups: pandas.DataFrame
+    predicted: float
     config: SpikeConfig
     depth: int
 
@@ -58,6 +65,18 @@ class Equivalence:
             return None
         steps = int(reached["timesteps"].min())
         return {"timesteps": steps, "ticks": steps * (1 if self.config.schedule == "synchronous" else self.depth)}
+
+    @property
+    def contributions(self) -> pandas.DataFrame:
+        """Sites and groups by their predicted share of the output's error, largest first: name, module, predicted."""
+        import pandas
+
+        columns = ["name", "module", "predicted"]
+        tables = [t.rename(columns={c: "name"}) for t, c in ((self.sites, "site"), (self.groups, "group")) if len(t)]
+        if not tables:
+            return pandas.DataFrame(columns=columns)
+        found = pandas.concat([table[columns] for table in tables])
+        return found.sort_values("predicted", ascending=False, ignore_index=True)
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Error and bound against T, and the signal-to-noise ratio along the network; saved if a path is given."""
@@ -120,7 +139,8 @@ def check(
             rows = _rows(snn, held, expected, timesteps, report)
     finally:
         snn.timesteps = own
-    return Equivalence(_frame(rows), _sites(snn, held), snn.spike_config, depth(snn.graph_module))
+    sites, groups, predicted = _local(snn, held)
+    return Equivalence(_frame(rows), sites, groups, predicted, snn.spike_config, depth(snn.graph_module))
 
 
 def _rows(
@@ -165,10 +185,10 @@ def by_tick(
 
 
 def spikes_so_far(snn: SpikingModel, batch: Batch) -> list[float]:
-    """Spikes per neuron up to each time step or tick, over the whole network; 0 for a network without neurons."""
+    """Spikes per value sent, up to each time step or tick, over the whole network; 0 for one without neurons."""
     frame = snn.count_spikes(**batch)
-    neurons = frame.pop("neurons")
-    return list(frame.mul(neurons, axis=0).sum().cumsum() / max(1, neurons.sum()))
+    values = frame.pop("values")
+    return list(frame.mul(values, axis=0).sum().cumsum() / max(1, values.sum()))
 
 
 def _row(config: SpikeConfig, steps: int, difference: Difference, spikes: float) -> Row:
@@ -177,32 +197,45 @@ def _row(config: SpikeConfig, steps: int, difference: Difference, spikes: float)
     return {"timesteps": steps, **figures, "bound": bound, "spikes": spikes}
 
 
-def _sites(snn: SpikingModel, batches: list[dict[str, Any]]) -> pandas.DataFrame:
-    stats = {name: _SiteStatistics() for name in facts(snn.ranged).sites}
-    static = snn._static_thresholds()
-    with torch.no_grad():
-        for batch in batches:
-            inputs = snn._inputs((), batch)
-            original = _Values(snn)
-            original.run(*inputs.values())
+def _local(snn: SpikingModel, batches: list[Batch]) -> tuple[pandas.DataFrame, pandas.DataFrame, float]:
+    """What every site and every group does on its own, and the prediction of what comes of it."""
+    sites = facts(snn.ranged).sites
+    stats, static, local = {name: _SiteStatistics() for name in sites}, snn._static_thresholds(), LocalErrors(snn)
+    for batch in batches:
+        inputs = [*snn._inputs((), batch).values()]
+        with torch.no_grad():
+            local.run(*inputs)
             for name, train in snn.spikes(**batch).items():
-                channel = facts(snn.ranged).sites[name].channel
-                stats[name].add(original.values[name], train.decode(), train.events, static.get(name), channel)
-    return _frame([{"site": n, "module": facts(snn.ranged).sites[n].module, **s.figures()} for n, s in stats.items()])
+                stats[name].add(
+                    local.values["site", name], train.decode(), train.events, static.get(name), sites[name].channel
+                )
+    first = batches[0]
+    share = predict(local, [*snn._inputs((), first).values()], first)
+    rows = [
+        {"site": n, "module": sites[n].module, **s.figures(), "predicted": share.alone.get(("site", n), 0.0)}
+        for n, s in stats.items()
+    ]
+    return _frame(rows), _groups(snn, local.groups, share), share.total
 
 
-class _Values(Interpreter):
-    """The original network's value at every site."""
-
-    def __init__(self, snn: SpikingModel) -> None:
-        super().__init__(snn.ranged)
-        self._names, self.values = set(facts(snn.ranged).sites), dict[str, Tensor]()
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.name in self._names:
-            self.values[n.name] = value
-        return value
+def _groups(snn: SpikingModel, figures: dict[str, GroupFigures], share: Prediction) -> pandas.DataFrame:
+    """A row for every neuron group, in the order of the ledger, which knows its bound."""
+    return _frame(
+        [
+            {
+                "group": entry.node,
+                "module": entry.module,
+                "function": entry.rule.removeprefix(GROUP),
+                "neurons": (found := figures[entry.node]).neurons,
+                "bound": entry.value,
+                "measured": found.measured,
+                "clip_share": found.clipped / max(1, found.values),
+                "predicted": share.alone.get(("group", entry.node), 0.0),
+            }
+            for entry in snn.ledger.entries
+            if entry.rule.startswith(GROUP)
+        ]
+    )
 
 
 class _SiteStatistics:

@@ -19,7 +19,7 @@ from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts, fake
 from fasfx.runner import PassHook, Runner
-from fasfx.runtime.spikes import GroupCounter, SpikeCounter, SpikeRecorder, SpikeTrain
+from fasfx.runtime.spikes import GroupCounter, SpikeCounter, SpikeRecorder, SpikeTrain, group_train
 from fasfx.runtime.ticks import NetworkState, Settled, StepGraph, settle
 
 if TYPE_CHECKING:
@@ -117,28 +117,37 @@ class SpikingModel(nn.Module):
         return recorder.trains
 
     def count_spikes(self, *args: Any, **kwargs: Any) -> pandas.DataFrame:
-        """Spikes per neuron: a row for every site, a column for every time step or tick from 1 on, and `neurons`."""
+        """Spikes per value: a row for every site, a column for every time step or tick from 1 on, and `values`.
+
+        Where two neurons send a value, those of both count.
+        """
         import pandas
 
         counter = SpikeCounter(self.graph_module, self._static_thresholds())
         self._record(counter, self._inputs(args, kwargs))
-        rows = {site: (found / counter.neurons[site]).tolist() for site, found in counter.counts.items()}
+        rows = {site: (found / counter.values[site]).tolist() for site, found in counter.counts.items()}
         frame = pandas.DataFrame.from_dict(rows, orient="index", columns=range(1, self.timesteps + 1))
-        return frame.assign(neurons=counter.neurons)
+        return frame.assign(values=counter.values)
 
     def group_spikes(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Node of a neuron group -> spikes that all its neurons together send for one value, T steps in all.
+        """Neuron group -> spikes that all its neurons together send for one value, over all time steps or ticks.
 
-        Raises ConfigError for a synchronous network, whose groups send what changes from tick to tick.
+        Under the synchronous schedule a group settles within a tick, and sends anew in the next.
         """
-        if self.schedule != "sequential":
-            raise ConfigError('spikes of groups are counted under schedule="sequential"')
         counter = GroupCounter(self.graph_module)
-        with torch.no_grad():
-            counter.run(*self._inputs(args, kwargs).values())
+        self._record(counter, self._inputs(args, kwargs))
         return counter.spikes
 
-    def _record(self, recorder: SpikeRecorder, given: Mapping[str, Tensor]) -> None:
+    def group_train(self, group: str, /, *args: Any, **kwargs: Any) -> Tensor:
+        """The events of every neuron of one group, simulated step by step: int8 [T, ..., K], as in SpikeTrain.
+
+        For constant input, whatever the schedule. `snn.ledger` and `fasfx.check` name the groups.
+        Memory: T * K bytes for every value. Raises InputError for a group the network has not.
+        """
+        with torch.no_grad():
+            return group_train(self, group, [*self._inputs(args, kwargs).values()])
+
+    def _record(self, recorder: SpikeRecorder | GroupCounter, given: Mapping[str, Tensor]) -> None:
         inputs = [*given.values()]
         with torch.no_grad():
             if self.schedule == "sequential":

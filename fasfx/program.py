@@ -17,7 +17,7 @@ from torch.utils._pytree import TreeSpec
 
 from fasfx.config import SpikeConfig
 from fasfx.ledger import Ledger
-from fasfx.ops import LIKE_FIRST, NEURONS
+from fasfx.ops import GROUPS, LIKE_FIRST, NEURONS
 
 FACTS = "fasfx"
 aten = torch.ops.aten
@@ -218,8 +218,9 @@ def inherit(node: Node, origin: Node) -> None:
     for key in ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack"):
         if key in origin.meta and key not in node.meta:
             node.meta[key] = origin.meta[key]
-    if node.target in NEURONS and "site" in origin.meta:
-        node.meta["site"] = origin.meta["site"]
+    for kind, carriers in (("site", NEURONS), ("group", GROUPS)):
+        if node.target in carriers and kind in origin.meta:
+            node.meta[kind] = origin.meta[kind]
 
 
 def infer_node(node: Node) -> None:

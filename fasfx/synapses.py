@@ -193,7 +193,13 @@ def channel_dims(node: Node, position: int) -> tuple[int, ...]:
 def _is_mixing(node: Node) -> bool:
     """Whether a product sums over positions (scores times values) and not over features (queries times keys)."""
     left = operand(node.args[0])
-    return isinstance(left, Node) and left.target in (aten.exp.default, aten.softmax.int)
+    return isinstance(left, Node) and (left.target is aten.softmax.int or sums_exponentials(node))
+
+
+def sums_exponentials(node: Node) -> bool:
+    """Whether a product is the numerator of a deferred softmax, which grows with the number of positions."""
+    left = operand(node.args[0])
+    return isinstance(left, Node) and left.target is aten.exp.default
 
 
 NON_NEGATIVE = {

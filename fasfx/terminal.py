@@ -141,6 +141,12 @@ def equivalence(figures: pandas.DataFrame, title: str) -> None:
         )
         for row in figures.itertuples()
     ]
-    columns = ("T", "relative L2 error", "cosine", "largest error", "bound of one neuron", "spikes per neuron")
+    columns = ("T", "relative L2 error", "cosine", "largest error", "bound of one neuron", "spikes per value")
     table(title, columns, rows, numbers=True)
     show("bound of one neuron: the most it errs, as a share of its threshold; the network has no such bound")
+
+
+def contributions(figures: pandas.DataFrame, title: str) -> None:
+    """Print fasfx.check's sites and groups with what each would do to the output alone."""
+    rows = [(row.name, row.module, f"{row.predicted:.3%}") for row in figures.itertuples(index=False)]
+    table(title, ("site or group", "module", "error of the output"), rows)

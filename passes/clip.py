@@ -18,7 +18,7 @@ from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
 from fasfx.program import Site, add_tensor, describe, facts, fake, insert
 from fasfx.runner import Pass
-from fasfx.synapses import RELAYS, carried_values, operand, synapses
+from fasfx.synapses import RELAYS, carried_values, operand, sums_exponentials, synapses
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
@@ -102,7 +102,8 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     """theta of every site with a static threshold; the products' constraint on channels holds."""
     config, values = facts(gm).config, carried_values(gm)
     gates = {node.name for node in values if _is_product(node, values)}
-    theta = {name: _threshold(site, config, name in gates) for name, site in facts(gm).sites.items()}
+    sums = {node.name for node in values if node.target is aten.matmul.default and sums_exponentials(node)}
+    theta = {n: _threshold(site, config, n in gates, n in sums) for n, site in facts(gm).sites.items()}
     for node, live in synapses(gm):
         if node.target is aten.matmul.default and len(live) == 2:
             _couple(theta, node)
@@ -114,22 +115,22 @@ def _is_product(node: Node, values: set[Node]) -> bool:
     return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
 
 
-def _threshold(site: Site, config: SpikeConfig, product: bool) -> Tensor:
+def _threshold(site: Site, config: SpikeConfig, product: bool, summed: bool) -> Tensor:
     assert site.peak is not None
     if site.fixed is not None:
         return torch.full_like(site.peak.amax(), site.fixed)
     seen = site.tail if config.threshold == "percentile" else site.peak
     assert seen is not None
     whole = seen.amax()
-    theta = whole * config.resolved_margin
+    margin = config.resolved_margin ** (2 if summed else 1)  # a sum over positions grows with their number
+    theta = whole * margin
     # Element by element, scales per channel cost nothing; between the layers they would not leave a sum.
     if config.resolved_granularity == "channel" or (config.granularity is None and site.population > 1):
         floor = torch.quantile(seen.flatten().float(), QUIET).to(seen)
         if not product:  # one massive channel must not coarsen the others, nor must many that are alike
             floor = torch.minimum(floor, whole / 8)
         # Unseen factors of a product exceed their maxima by the margin each, the product by its square.
-        headroom = config.resolved_margin ** (2 if product else 1)
-        theta = headroom * torch.hypot(seen, CHANNEL_FLOOR * floor)
+        theta = margin ** (2 if product else 1) * torch.hypot(seen, CHANNEL_FLOOR * floor)
     return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold
 
 

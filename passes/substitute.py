@@ -25,6 +25,7 @@ from fasfx.runner import Pass
 from fasfx.synapses import carried_values
 
 aten = torch.ops.aten
+GROUP = "group_"  # the ledger's rule is this and the function's name
 _OF_POSITIONS = {aten.sin.default, aten.cos.default}  # also made into groups where they make rotary tables
 
 
@@ -94,10 +95,11 @@ def _to_group(
         )
     left, right = (tail[0] if tail else 0.0 for tail in (function.left, function.right))
     place = (function.name, found.unit, found.rest, left, right, 1.0, found.code, found.steps)
+    node.meta["group"] = node.name
     result = insert(gm, node, node, ops.group.op, node.args[0], *stored[found, dtype], *place)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
-    _note(gm, node, result, found)
+    _note(gm, node, found)
 
 
 def _with_headroom(low: float, high: float) -> tuple[float, float]:
@@ -106,10 +108,10 @@ def _with_headroom(low: float, high: float) -> tuple[float, float]:
     return (max(low - spare, 0.0) if low >= 0 else low - spare, min(high + spare, 0.0) if high <= 0 else high + spare)
 
 
-def _note(gm: GraphModule, node: Node, result: Node, found: Group) -> None:
+def _note(gm: GraphModule, node: Node, found: Group) -> None:
     function = FUNCTIONS[found.function]
     where = "calibrated range" if function.needs_range else "all inputs"
     relative = ", relative to the power of two" if REDUCTIONS[function.reduction].relative else ""
     bound = Bound(bound_formula(found), f"{where}{relative}; K = {found.size}; but for float rounding")
-    entry = Entry("substitute", f"group_{found.function}", result.name, module_path(node), bound, found.bound)
+    entry = Entry("substitute", f"{GROUP}{found.function}", node.name, module_path(node), bound, found.bound)
     facts(gm).ledger.add(entry)

@@ -95,6 +95,8 @@ RULES = (
     *(known.no_op_transpose_rule, known.transpose_transpose_rule),
     *(known.reshape_reshape_rule, known.unsqueeze_unsqueeze_rule),
     *(known.collapse_slice_rule, known.collapse_slice2_rule),
+    *(known.successive_relu_rule, known.successive_clip_rule),  # ONNX Runtime's own fail for float64
+    *(known.successive_relu_clip_rule, known.successive_clip_relu_rule),
     pattern.RewriteRule(_gelu, _fusible_gelu, _is_half, name="gelu"),
     pattern.RewriteRule(_clipped_count, _count, _is_bounded, name="bounded_count", remove_nodes=False),
     pattern.RewriteRule(_clipped_input, _input, _is_bounded, name="bounded_input", remove_nodes=False),

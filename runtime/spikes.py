@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.graph import CodeGen
 
 from fasfx import ops
-from fasfx.program import arg, facts
+from fasfx.errors import InputError
+from fasfx.ops.functions import FUNCTIONS
+from fasfx.ops.reductions import REDUCTIONS
+from fasfx.passes import Clip, Substitute
+from fasfx.passes.lower import look_up
+from fasfx.program import arg, arguments, attribute, facts
+from fasfx.runner import Runner
+
+if TYPE_CHECKING:
+    from fasfx.model import SpikingModel
 
 
 @dataclass(frozen=True)
@@ -96,12 +106,12 @@ class SpikeRecorder(Interpreter):
 
 
 class SpikeCounter(SpikeRecorder):
-    """Keeps numbers only: T may be large. counts: site -> spikes per step; neurons: site -> how many it has."""
+    """Keeps numbers only: T may be large. counts: site -> spikes per step; values: site -> how many it sends."""
 
     def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
         super().__init__(gm, thresholds)
         self._counts: dict[str, list[Tensor]] = {}
-        self.neurons: dict[str, int] = {}
+        self.values: dict[str, int] = {}
 
     @property
     def counts(self) -> dict[str, Tensor]:
@@ -111,11 +121,14 @@ class SpikeCounter(SpikeRecorder):
 
     def _keep(self, site: str, events: Tensor) -> None:
         self._counts.setdefault(site, []).append((events != 0).flatten(1).sum(1))
-        self.neurons[site] = events[0].numel()
+        self.values[site] = events[0].numel()
 
 
 class GroupCounter(Interpreter):
-    """Runs a lowered sequential program. spikes: node of a group -> spikes all its neurons send for one value."""
+    """Runs a lowered program, or a step graph tick by tick.
+
+    spikes: group -> spikes all its neurons send for one value, in all runs together.
+    """
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
@@ -127,5 +140,24 @@ class GroupCounter(Interpreter):
             given: Any = self.map_nodes_to_values(n.args, n)
             x, table, spikes, function, _, low, high, *_ = given
             cell, _, _ = ops.lookup.cell_of(x, table, function, low, high)
-            self.spikes[n.name] = float(spikes[cell].double().mean())
+            name = str(n.meta["group"])
+            self.spikes[name] = self.spikes.get(name, 0.0) + float(spikes[cell].double().mean())
         return super().run_node(n)
+
+
+def group_train(snn: SpikingModel, name: str, inputs: list[Tensor]) -> Tensor:
+    """The events of one group, int8 [T, ..., K], with the input that the network gives it. InputError if unknown."""
+    program = Runner([Clip(), Substitute()]).run(snn.ranged)
+    nodes = {str(n.meta["group"]): n for n in program.graph.find_nodes(op="call_function", target=ops.group.op)}
+    if name not in nodes:
+        raise InputError(f"{name!r} is no neuron group: this network has {', '.join(nodes) or 'none'}")
+    given = arguments(nodes[name])
+    edges = attribute(program, str(given["edges"].target))
+    program.graph.output_node().args = (given["x"],)
+    program.graph.set_codegen(CodeGen())
+    program.graph.eliminate_dead_code()
+    look_up(program)
+    x = Interpreter(program).run(*inputs)
+    z, _ = REDUCTIONS[FUNCTIONS[given["function"]].reduction].split(x.to(edges.dtype))
+    neurons = ops.group.neurons_of(edges, given["unit"], given["rest"])
+    return torch.stack([*ops.group.events(z, neurons, given["unit"], given["code"], given["steps"])], -1)

@@ -143,8 +143,11 @@ def test_check_prints_the_error_against_timesteps(place: Path, converted: Path, 
     data = ("--data", place / "texts.jsonl")
     result = run("check", place / "model", converted, *data, "--timesteps", "1, 4,8", "--plot", plot)
     assert result.exit_code == 0, result.output
-    rows = [line.split("│")[1:3] for line in result.stdout.splitlines() if line.startswith("│")]
+    by_steps, places = result.stdout.split("First-order prediction at T = 4: ")
+    rows = [line.split("│")[1:3] for line in by_steps.splitlines() if line.startswith("│")]
     assert [row[0].strip() for row in rows] == ["1", "4", "8"]
+    named = [line.split("│")[3] for line in places.splitlines() if line.startswith("│")]
+    assert len(named) == 5 and named == sorted(named, reverse=True)
     errors = [float(row[1].strip().rstrip("%")) for row in rows]
     assert errors[0] > errors[1] > errors[2]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -156,7 +159,8 @@ def test_check_of_the_synchronous_schedule(place: Path, converted: Path, tmp_pat
     given = ("--schedule", "synchronous", "--timesteps", "1,4,8", "--tolerance", "0.9", "--raster", raster)
     result = run("check", place / "model", converted, "--data", place / "texts.jsonl", *given)
     assert result.exit_code == 0, result.output
-    rows = [line.split("│") for line in result.stdout.splitlines() if line.startswith("│")]
+    by_tick = result.stdout.partition("First-order")[0]
+    rows = [line.split("│") for line in by_tick.splitlines() if line.startswith("│")]
     errors = [float(row[2].strip().rstrip("%")) for row in rows]
     assert errors[0] > errors[1] > errors[2]
     assert "90.00% is reached with T = 1: after 1 ticks (synchronous schedule)" in result.stdout
@@ -226,7 +230,7 @@ def test_demo_shows_error_search_and_what_is_not_spiking() -> None:
     assert len(errors) == 7
     assert errors == sorted(errors, reverse=True)
     assert "2 of the 2 spiking runs find the original's sentences" in result.stdout
-    assert "In float, not spiking: softmax, norms, activations (layer_norm," in result.stdout
+    assert "and 100.0% of all operators" in result.stdout and "In float, not spiking: none." in result.stdout
 
 
 def test_demo_ticks_shows_the_answer_settle() -> None:

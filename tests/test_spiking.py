@@ -21,7 +21,7 @@ from fasfx.ops.functions import FUNCTIONS, OPERATORS
 from fasfx.ops.group import neurons_of
 from fasfx.ops.reductions import REDUCTIONS
 from fasfx.passes import Clip, Fold, Lower, Normalise, Substitute
-from fasfx.program import constants
+from fasfx.program import constants, facts
 from fasfx.runner import Runner
 from fasfx.runtime import OnnxModel
 from fasfx.synapses import SYNAPSES, carried_values
@@ -116,6 +116,36 @@ def test_radix_and_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(main_output(snn(**batch)), main_output(again(**batch)))
 
 
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("schedule", ["sequential", "synchronous"])
+def test_check_holds_groups_to_their_bounds_and_predicts_the_error(family: str, schedule: str) -> None:
+    model, snn = converted(family, timesteps=5, schedule=schedule)
+    found = fasfx.check(model, snn, [tiny_inputs(family, batch_size=4, seed=1)], timesteps=(5,))
+    groups = found.groups
+    assert len(groups) == (snn.coverage.table.kind == "function").sum() and set(groups.group) == set(
+        snn.group_spikes(**tiny_inputs(family))
+    )
+    assert (groups.measured > 0).all() and (groups.measured <= groups.bound * (1 + 1e-6)).all()
+    assert (groups.clip_share == 0).all()
+    measured = float(found.table.relative_l2.iloc[0])
+    if schedule == "sequential":  # ticks err more: their inputs change
+        assert 0.4 < found.predicted / measured < 2.5
+    together = found.contributions.predicted.pow(2).sum() ** 0.5
+    assert 0.4 < together / found.predicted < 2.5
+
+
+def test_check_names_the_site_that_spoils_the_output() -> None:
+    model, snn = converted("bert")
+    site = "tanh"  # of the pooler, which last_hidden_state does not read
+    names = [name for name in facts(snn.ranged).sites if name != site]
+    spoilt = names[len(names) // 2]
+    facts(snn.ranged).sites[spoilt].peak *= 2.0**-7  # nearly all of its values clip
+    snn.timesteps = 5
+    found = fasfx.check(model, snn, [tiny_inputs("bert", seed=1)], timesteps=(5,))
+    first = found.contributions.iloc[0]
+    assert first["name"] == spoilt and first.predicted > 10 * found.contributions.predicted.iloc[1]
+
+
 class Functions(nn.Module):
     """Every function that has a group, one of them on two ranges, and one that has none, behind a linear layer."""
 
@@ -186,9 +216,16 @@ def test_levels_agree_and_groups_count_their_spikes(
         counter.run(*batch.values())
     found = snn.group_spikes(**batch)
     assert [*found.values()] == pytest.approx(counter.sent, rel=0.02) and len(found) == len(counter.sent)
+    for name in ("erf", "rsqrt"):
+        events = snn.group_train(name, **batch)
+        neurons = int(snn.coverage.table.set_index("operator").reason[name].split()[0])
+        assert events.shape[0] in (4, 8) and events.shape[-1] == neurons
+        assert int((events != 0).sum()) / events[0, ..., 0].numel() == pytest.approx(found[name], rel=0.02)
+    with pytest.raises(fasfx.errors.InputError, match="no neuron group: this network has .*erf"):
+        snn.group_train("nothing", **batch)
     snn.schedule = "synchronous"
-    with pytest.raises(fasfx.errors.ConfigError, match="sequential"):
-        snn.group_spikes(**batch)
+    per_tick = snn.group_spikes(**batch)
+    assert per_tick.keys() == found.keys() and min(per_tick[n] - found[n] for n in found) >= 0
     snn.schedule = "sequential"
 
 

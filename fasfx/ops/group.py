@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,12 +62,17 @@ def group(
     z, k = reduction.split(x.detach().to(edges.dtype))
     neurons = neurons_of(edges, unit, rest)
     total = torch.zeros_like(z) + (values * (edges == rest)).sum()
-    parts = zip(*neurons, neurons.weights(values), neurons.levels, strict=True)
-    for start, direction, counts, weight, levels in parts:
-        current = ((z - start) * (direction / unit)).clamp(min=0).minimum(counts)
-        events = CODES[code].spikes(current, steps, levels, False)
-        total = total + weight * CODES[code].decode(events, levels).to(z.dtype)
+    sent = events(z, neurons, unit, code, steps)
+    for weight, levels, spikes in zip(neurons.weights(values), neurons.levels, sent, strict=True):
+        total = total + weight * CODES[code].decode(spikes, levels).to(z.dtype)
     return like_function(reduction.join(with_ramps(total, z, left, right), k).to(x.dtype), x, function, scale)
+
+
+def events(z: Tensor, neurons: Neurons, unit: float, code: str, steps: int) -> Iterator[Tensor]:
+    """What each neuron sends for the reduced input z, int8 [steps, ...], one neuron at a time."""
+    for start, direction, counts, levels in zip(*neurons, neurons.levels, strict=True):
+        current = ((z - start) * (direction / unit)).clamp(min=0).minimum(counts)
+        yield CODES[code].spikes(current, steps, levels, False)
 
 
 def with_ramps(y: Tensor, z: Tensor, left: float, right: float) -> Tensor:

@@ -47,13 +47,17 @@ def evaluation(kind: str, count: int, batch_size: int = BATCH, length: int = LEN
 
 
 @cache
-def _converted(kind: str, code: str, quick: bool) -> fasfx.SpikingModel:
-    return fasfx.convert(minilm()[0], calibration(kind, quick), fasfx.SpikeConfig().replace(code=code))
+def _converted(kind: str, code: str, nonlinear: str, quick: bool) -> fasfx.SpikingModel:
+    config = fasfx.SpikeConfig().replace(code=code, nonlinear=nonlinear)
+    return fasfx.convert(minilm()[0], calibration(kind, quick), config)
 
 
-def spiking(kind: str, code: str, timesteps: int, quick: bool = False) -> fasfx.SpikingModel:
-    """MiniLM calibrated on a kind of text, default settings of the code; converted once, then set to T."""
-    return at(_converted(kind, code, quick), timesteps)
+def spiking(kind: str, code: str, timesteps: int, quick: bool = False, nonlinear: str = "exact") -> fasfx.SpikingModel:
+    """MiniLM calibrated on a kind of text, else default settings of the code; converted once, then set to T.
+
+    nonlinear: "exact" measures what the code's neurons do, and nothing else; the package's default is "spiking".
+    """
+    return at(_converted(kind, code, nonlinear, quick), timesteps)
 
 
 def at(snn: fasfx.SpikingModel, timesteps: int) -> fasfx.SpikingModel:

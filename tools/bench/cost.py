@@ -60,7 +60,7 @@ def _lines(title: str, ratios: Mapping[str, timing.Ratio], limits: dict[str, flo
         lines.append(line)
     columns = ("time / time of the original", "median", "quartile", "quartile")
     note = f"{note} 8 × 128 tokens of tales; {timing.CONDITIONS}.".strip()
-    return Table(f"MiniLM-L6, cost in {title}", columns, lines, note)
+    return Table(f"MiniLM-L6, cost in {title}, functions in float", columns, lines, note)
 
 
 def _eager(batch: Batch, quick: bool) -> dict[str, Callable[[], object]]:

@@ -17,14 +17,14 @@ Errors = dict[tuple[str, str], dict[int, float]]  # (calibrated on, evaluated on
 ERROR = "relative L2 error of last_hidden_state over unmasked positions"
 
 
-def errors(code: str, steps: tuple[int, ...], quick: bool) -> Errors:
+def errors(code: str, steps: tuple[int, ...], quick: bool, nonlinear: str = "exact") -> Errors:
     """MiniLM's error for each kind of calibration and evaluation text, and each T."""
     kinds = cases.KINDS[:1] if quick else cases.KINDS
     size = (1, 4, 64) if quick else (2, 8, 128)
     batches = {kind: cases.evaluation(kind, *size) for kind in cases.KINDS}
     found: Errors = {}
     for kind in kinds:
-        snn = cases.spiking(kind, code, steps[0], quick)
+        snn = cases.spiking(kind, code, steps[0], quick, nonlinear)
         for other in cases.KINDS:
             calls = {step: partial(cases.at, snn, step) for step in steps}
             found[kind, other] = metrics.error_table(cases.minilm()[0], calls, batches[other])
@@ -34,7 +34,7 @@ def errors(code: str, steps: tuple[int, ...], quick: bool) -> Errors:
 def multi(quick: bool) -> Iterator[Table]:
     """MiniLM with default settings, T from 1 on."""
     steps = (3, 4) if quick else tuple(range(1, 8))
-    found = errors("multi", steps, quick)
+    found = errors("multi", steps, quick, "spiking")
     slack = cases.SLACK if quick else 1.0
     lines: list[Line] = []
     for step in steps:
@@ -64,7 +64,12 @@ def static(quick: bool) -> Iterator[Table]:
             row = [table[step] for (a, b), table in found.items() if (a != b) is other]
             lines.append(at_most(f"T = {step}, {'another' if other else 'own'} kind", row, limit * slack, PERCENT))
     columns = ("", *(f"calibrated on {kind}" for kind in cases.KINDS[: len(lines[0].figures)]))
-    yield Table("MiniLM-L6, radix code", columns, lines, f"{ERROR}; own kind: that of the calibration.".capitalize())
+    yield Table(
+        "MiniLM-L6, radix code, functions in float",
+        columns,
+        lines,
+        f"{ERROR}; own kind: that of the calibration.".capitalize(),
+    )
     if not quick:
         yield rate((64, 128, 256, 512))
 
@@ -79,7 +84,7 @@ def rate(steps: tuple[int, ...]) -> Table:
             ratio = [table[step] / table[step // 2] for table in found.values()]
             lines.append(between(f"T = {step} / T = {step // 2}", ratio, *HALVING))
     columns = ("", *(f"{a}, on {b}" for a, b in found))
-    return Table("MiniLM-L6, rate code", columns, lines, "Error, and its ratio when T doubles.")
+    return Table("MiniLM-L6, rate code, functions in float", columns, lines, "Error, and its ratio when T doubles.")
 
 
 # --- language model --------------------------------------------------------------------------------------
@@ -99,16 +104,15 @@ def perplexity(quick: bool) -> Iterator[Table]:
     original = [metrics.perplexity(model, batches) for batches in windows.values()]
     lines = [plain("original, perplexity", original)]
     for code, limits in PERPLEXITY.items():
-        snn = fasfx.convert(
-            model, _windows(tokenizer, own[0]), fasfx.SpikeConfig().replace(code=code, timesteps=min(limits))
-        )
+        config = fasfx.SpikeConfig().replace(code=code, timesteps=min(limits), nonlinear="exact")
+        snn = fasfx.convert(model, _windows(tokenizer, own[0]), config)
         for steps, limit in limits.items():
             snn.timesteps = steps
             spiking = [metrics.perplexity(snn, batches) for batches in windows.values()]
             ratio = [a / b for a, b in zip(spiking, original, strict=True)]
             lines.append(at_most(f"{code}, T = {steps}", ratio, limit, "{:.4f}"))
     note = f"Over the original's; calibrated on {OWN}; {TOKENS:,} predicted tokens in windows of {WINDOW}."
-    yield Table("SmolLM2-135M, perplexity", ("", f"on unseen {OWN}", f"on {OTHER}"), lines, note)
+    yield Table("SmolLM2-135M, perplexity, functions in float", ("", f"on unseen {OWN}", f"on {OTHER}"), lines, note)
 
 
 def _windows(tokenizer: object, texts: list[str]) -> list[data.Batch]:
