@@ -6,6 +6,7 @@ operator's place. Shapes are torch's; exact up to float rounding. What it return
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -141,6 +142,27 @@ def _vector_norm(input: Proxy, ord: float, dim: Any, keepdim: bool, **_: Any) ->
     return aten.sqrt.default(aten.sum.dim_IntList(aten.mul.Tensor(input, input), list(dim), keepdim))
 
 
+# --- functions that others of one variable make up --------------------------------------------------------------
+
+
+def _elu(input: Proxy, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+    """scale * (max(x, 0) + alpha * (exp(input_scale * min(x, 0)) - 1)); CELU and SELU with arguments of their own."""
+    below = aten.exp.default(aten.mul.Tensor(aten.clamp_max.default(input, 0), input_scale))
+    bent = aten.mul.Tensor(aten.sub.Tensor(below, 1.0), alpha)
+    return aten.mul.Tensor(aten.add.Tensor(aten.relu.default(input), bent), scale)
+
+
+_SELU = (1.6732632423543772, 1.0507009873554805)  # alpha, scale; Klambauer et al., NeurIPS 2017
+
+
+def _log_sigmoid(input: Proxy) -> Any:
+    return aten.neg.default(aten.softplus.default(aten.neg.default(input)))
+
+
+def _of_log(input: Proxy, base: float) -> Any:
+    return aten.mul.Tensor(aten.log.default(input), 1 / math.log(base))
+
+
 def _value(x: Proxy) -> torch.Tensor:
     value = fake(x.node)
     assert value is not None
@@ -159,4 +181,15 @@ COMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.square.default: lambda input: aten.mul.Tensor(input, input),
     aten.glu.default: _glu,
     aten.linalg_vector_norm.default: _vector_norm,
+    aten.elu.default: _elu,
+    aten.celu.default: lambda input, alpha: _elu(input, alpha, input_scale=1 / alpha),
+    aten.selu.default: lambda input: _elu(input, *_SELU),
+    aten.log_sigmoid.default: _log_sigmoid,
+    aten.tan.default: lambda input: _div(aten.sin.default(input), aten.cos.default(input)),
+    aten.expm1.default: lambda input: aten.sub.Tensor(aten.exp.default(input), 1.0),
+    aten.exp2.default: lambda input: aten.exp.default(aten.mul.Tensor(input, math.log(2))),
+    aten.log1p.default: lambda input: aten.log.default(aten.add.Tensor(input, 1.0)),
+    aten.log2.default: lambda input: _of_log(input, 2),
+    aten.log10.default: lambda input: _of_log(input, 10),
+    aten.erfc.default: lambda input: aten.rsub.Scalar(aten.erf.default(input), 1.0),
 }

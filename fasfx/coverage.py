@@ -154,7 +154,7 @@ def coverage(gm: GraphModule) -> Coverage:
             rows.append(_synapse_row(gm, carriers, node, live[node]))
         elif node.target in ops.GROUPS:
             rows.append(_function_row(node))
-        elif node not in fixed and _is_float_work(node):
+        elif node not in fixed and _is_float_work(node, fixed):
             rows.append(_float_row(gm, node, node in carriers.values))
     return Coverage(tuple(rows))
 
@@ -208,15 +208,18 @@ def _why_float(gm: GraphModule, node: Node, unsupported: bool) -> str:
     return declined[-1] if declined else "no spiking form of it is known to this version"
 
 
-def _is_float_work(node: Node) -> bool:
-    """Whether a node computes new floating point values from values: not free, not a constant factor."""
+def _is_float_work(node: Node, fixed: set[Node]) -> bool:
+    """Whether a node computes new floating point values from values: not free, not a constant factor.
+
+    fixed: the nodes that depend on no input.
+    """
     value = fake(node)
     if value is None or not value.is_floating_point() or node.target in _FREE or is_firing_rate(node):
         return False
-    if node.target is aten.div.Tensor and not isinstance(node.args[1], Node):
+    if node.target is aten.div.Tensor and (not isinstance(node.args[1], Node) or node.args[1] in fixed):
         return False
     if node.target is aten.mul.Tensor:
-        return all(isinstance(a, Node) and a.op != "get_attr" for a in node.args)
+        return all(isinstance(a, Node) and a not in fixed for a in node.args)
     return any((v := fake(n)) is not None and v.is_floating_point() for n in node.all_input_nodes)
 
 

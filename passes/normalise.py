@@ -3,6 +3,7 @@
 Rules: addmm, mm, bmm, baddbmm become linear or matmul; RMSNorm and tanh-GELU written out in primitives become
 one operator; scaled dot-product attention is written out with deferred normalisation; views become reshapes.
 With nonlinear="spiking" norms, quotients, powers and softmax are written out in products and functions of one variable.
+A batch norm in evaluation goes into the convolution before it.
 Assertions, guards, aliases and conversions that convert nothing go.
 """
 
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fasfx.attention import attention_to_products, softmax_to_deferred
+from fasfx.batch_norms import fold_batch_norms
 from fasfx.compositions import compose
 from fasfx.program import arg, facts, fake
 from fasfx.rewrite import proxy, replace, rewrite
@@ -82,6 +84,15 @@ def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, 
 
 
 @rewrite(
+    into=lambda x, slope: aten.mul.Tensor(aten.silu.default(aten.mul.Tensor(x, slope)), 1 / slope),
+    when=lambda slope: (isinstance(slope, float) and slope > 0) or f"{slope} is no positive number",
+)
+def primitives_to_quick_gelu(x: Tensor, slope: float) -> Any:
+    """x * sigmoid(slope x) = silu(slope x) / slope; with 1.702 the quick GELU of CLIP.  Exact."""
+    return aten.mul.Tensor(x, aten.sigmoid.default(aten.mul.Tensor(x, slope)))
+
+
+@rewrite(
     into=lambda q, k, v, mask, scale: aten.scaled_dot_product_attention.default(q, k, v, mask, scale=scale),
     when=lambda mask, low, one, zero: _is_zeroed(mask, low, one, zero),
 )
@@ -143,6 +154,7 @@ class Normalise(Pass):
         primitives_to_rms_norm,
         primitives_to_rms_norm_weight_last,
         primitives_to_tanh_gelu,
+        primitives_to_quick_gelu,
         zeroed_attention_to_attention,
     )
 
@@ -153,6 +165,7 @@ class Normalise(Pass):
         changed |= remove_identities(gm)
         changed |= super().rewrite(gm)
         changed |= scaled_products_to_matmul(gm)
+        changed |= fold_batch_norms(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             attention_to_products(gm, node)
             changed = True
