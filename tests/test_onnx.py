@@ -84,3 +84,20 @@ def test_spike_quantizer_refuses_what_this_version_lacks() -> None:
         fasfx.SpikeQuantizer(fasfx.SpikeConfig.integer())
     with pytest.raises(ConfigError, match="SpikingModel.to_onnx"):
         fasfx.SpikeQuantizer(fasfx.SpikeConfig.low_latency())
+
+
+def test_an_export_is_tidy(tmp_path: Path) -> None:
+    """Constants are stored once each, equal nodes are one, and nothing stands for nothing."""
+    model, batch = tiny("bert"), tiny_inputs("bert")
+    fasfx.convert(model, [batch]).to_onnx(tmp_path)
+    program = onnx_ir.load(tmp_path / "model.onnx")
+    names = Counter(node.op_type for node in program.graph)
+    assert names["Constant"] == names["Identity"] == names["CastLike"] == 0
+    small = [v.const_value for v in program.graph.initializers.values() if v.const_value is not None]
+    values = Counter((t.dtype, t.numpy().tobytes()) for t in small if t.size == 1 and t.numpy().ndim == 0)
+    assert set(values.values()) == {1}
+    equal = Counter(
+        (node.op_type, tuple(v.name if v is not None else "" for v in node.inputs), str(dict(node.attributes)))
+        for node in program.graph
+    )
+    assert set(equal.values()) == {1}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import fasfx
+from fasfx.equivalence import spikes_so_far
 from fasfx.tools.bench import cases, data, metrics
 from fasfx.tools.bench.tables import Line, Table, at_most, below, between, plain
 
@@ -51,6 +52,22 @@ def multi(quick: bool) -> Iterator[Table]:
     texts = "16 texts of the first kind, measured on 4" if quick else "64 texts of the first kind, measured on 16"
     note = f"Calibrated on {texts} unseen ones of the second; {ERROR}."
     yield Table("MiniLM-L6, default settings (multi code)", columns, lines, note)
+    yield sent(cases.spiking(cases.KINDS[0], "multi", steps[0], quick, "spiking"), steps)
+
+
+def sent(snn: fasfx.SpikingModel, steps: tuple[int, ...]) -> Table:
+    """How much of the network spikes drive, and how many they are, by T."""
+    (batch,) = cases.evaluation(cases.KINDS[0], 1)
+    lines = []
+    for step in steps:
+        snn.timesteps = step
+        groups = snn.group_spikes(**batch)
+        share = 100 * min(snn.coverage.spike_driven_macs, snn.coverage.spike_driven_operators)
+        figures = [share, spikes_so_far(snn, batch)[-1], sum(groups.values()) / len(groups)]
+        lines.append(plain(f"T = {step}", figures, "{:.2f}"))
+    columns = ("", "spike-driven, %", "spikes per activation", "spikes in a group")
+    note = "Spike-driven: the smaller share, of multiply-accumulates or operators. In a group: mean over groups."
+    return Table("MiniLM-L6, default settings: what is sent", columns, lines, note)
 
 
 def static(quick: bool) -> Iterator[Table]:
