@@ -24,7 +24,9 @@ def fold_batch_norms(gm: GraphModule) -> bool:
     changed = False
     for node in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
         conv, norm = node.args[0], arguments(node)
-        if norm["training"] or conv.target not in _CONVOLUTIONS or len(conv.users) != 1 or is_skipped(gm, node):
+        if norm["training"] or conv.target not in _CONVOLUTIONS or len(conv.users) != 1:
+            continue
+        if is_skipped(gm, node) or is_skipped(gm, conv):
             continue
         given = arguments(conv)
         stored = [given["weight"], given["bias"], *(norm[k] for k in ("running_mean", "running_var", "weight", "bias"))]

@@ -24,6 +24,7 @@ FREE: dict[str, frozenset[Any]] = {
     "moves values, or looks them up": frozenset(MOVES)
     | {
         aten.embedding.default,
+        aten.expand_as.default,
         aten.index.Tensor,
         aten.gather.default,
         aten.index_select.default,

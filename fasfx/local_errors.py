@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,8 @@ class GroupFigures:
         if function.needs_range:
             inside = (z >= given["low"]) & (z <= given["high"])
             self.clipped, gap = self.clipped + int((~inside).sum()), gap[inside]
+        if reduction.normal:
+            gap = gap[x.abs() >= torch.finfo(given["table"].dtype).tiny]
         finite = gap[gap.isfinite()]
         self.measured = max(self.measured, float(finite.max()) if finite.numel() else 0.0)
         self.neurons, self.values = given["neurons"], self.values + x.numel()
@@ -109,6 +112,8 @@ class Prediction:
 def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any], vectors: int = VECTORS) -> Prediction:
     """|J e| of every local error e, from products of random signs v with the Jacobian J: E (v J e)^2 = |J e|^2.
 
+    Values whose gradient is not finite, such as that of a root at 0, and outputs that are not, are left out; NaN if the
+    output has no derivative at all.
     Memory: the activations of one pass through the network, and one gradient per site and group.
     Source: Hutchinson's estimator, 1989.
     """
@@ -120,7 +125,9 @@ def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any], vec
         counts = counts * mask.reshape(*mask.shape, *[1] * (output.dim() - mask.dim())).to(output)
     generator = torch.Generator().manual_seed(0)
     senders = [sender for sender, value in local.values.items() if value.requires_grad]
-    if not senders:
+    if not output.is_floating_point():  # a choice, such as an argmax, has no derivative
+        return Prediction(dict.fromkeys(local.values, math.nan), math.nan)
+    if not output.requires_grad:  # nothing that is sent reaches it
         return Prediction()
     squares, together = dict.fromkeys(senders, 0.0), 0.0
     for _ in range(vectors):
@@ -129,13 +136,13 @@ def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any], vec
             output, [local.values[s] for s in senders], signs * counts, retain_graph=True, allow_unused=True
         )
         moved = [
-            0.0 if g is None else float((g.double() * local.errors[s].double()).sum())
+            0.0 if g is None else float((g.double() * local.errors[s].double()).nan_to_num(0.0, 0.0, 0.0).sum())
             for s, g in zip(senders, found, strict=True)
         ]
         together += sum(moved) ** 2 / vectors
         for sender, value in zip(senders, moved, strict=True):
             squares[sender] += value**2 / vectors
-    size = float((output.detach().double() * counts).norm())
+    size = float((output.detach().double().nan_to_num(0.0, 0.0, 0.0) * counts).norm())
     return (
         Prediction({s: square**0.5 / size for s, square in squares.items()}, together**0.5 / size)
         if size

@@ -243,5 +243,8 @@ def reduce_peak(value: Tensor, channel: tuple[int, ...]) -> Tensor:
     """Largest |value| over all dims but `channel`; the kept dims stay, the others have size 1."""
     kept = {d % value.dim() for d in channel}
     dims = [d for d in range(value.dim()) if d not in kept]
-    size = value if value.dtype == torch.bool else value.abs()
-    return size.amax(dims, keepdim=True) if dims else size
+    if value.dtype == torch.bool:
+        return value.amax(dims, keepdim=True) if dims else value
+    if len(dims) == value.dim():  # one pass, no copy
+        return torch.stack(value.aminmax()).abs().amax().reshape([1] * value.dim())
+    return torch.maximum(value.amax(dims, keepdim=True), -value.amin(dims, keepdim=True)) if dims else value.abs()

@@ -110,8 +110,9 @@ def _with_headroom(low: float, high: float) -> tuple[float, float]:
 
 def _note(gm: GraphModule, node: Node, found: Group) -> None:
     function = FUNCTIONS[found.function]
-    where = "calibrated range" if function.needs_range else "all inputs"
-    relative = ", relative to the power of two" if REDUCTIONS[function.reduction].relative else ""
+    reduction = REDUCTIONS[function.reduction]
+    where = "calibrated range" if function.needs_range else "normal numbers" if reduction.normal else "all inputs"
+    relative = ", relative to the power of two" if reduction.relative else ""
     bound = Bound(bound_formula(found), f"{where}{relative}; K = {found.size}; but for float rounding")
     entry = Entry("substitute", f"{GROUP}{found.function}", node.name, module_path(node), bound, found.bound)
     facts(gm).ledger.add(entry)

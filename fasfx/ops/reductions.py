@@ -27,12 +27,14 @@ class Reduction:
 
     scales:  whether a factor on the result is one on the core: not where something is added afterwards.
     relative: whether the core's error counts relative to a power of two.
+    normal:   whether the smallest normal number stands for what is smaller.
     """
 
     split: Callable[[Tensor], tuple[Tensor, Any]]
     join: Callable[[Tensor, Any], Tensor]
     scales: bool = True
     relative: bool = False
+    normal: bool = False
 
 
 def power_of_two(k: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,10 +81,12 @@ def _period_split(x: Tensor) -> tuple[Tensor, None]:
 REDUCTIONS: dict[str, Reduction] = {
     "none": Reduction(lambda x: (x, None), lambda y, _: y),
     "exp": Reduction(_exp_split, lambda y, k: y * power_of_two(k, y.dtype), relative=True),
-    "reciprocal": Reduction(_reciprocal_split, lambda y, parts: shifted(y, -parts[0]) * parts[1], relative=True),
-    "rsqrt": Reduction(_root_split, lambda y, k: y * power_of_two(-k, y.dtype), relative=True),
-    "sqrt": Reduction(_root_split, lambda y, k: y * power_of_two(k, y.dtype), relative=True),
-    "log": Reduction(_mantissa, lambda y, k: y + k * math.log(2), scales=False),
+    "reciprocal": Reduction(
+        _reciprocal_split, lambda y, parts: shifted(y, -parts[0]) * parts[1], relative=True, normal=True
+    ),
+    "rsqrt": Reduction(_root_split, lambda y, k: y * power_of_two(-k, y.dtype), relative=True, normal=True),
+    "sqrt": Reduction(_root_split, lambda y, k: y * power_of_two(k, y.dtype), relative=True, normal=True),
+    "log": Reduction(_mantissa, lambda y, k: y + k * math.log(2), scales=False, normal=True),
     "period": Reduction(_period_split, lambda y, _: y),
 }
 
