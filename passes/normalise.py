@@ -85,7 +85,7 @@ def primitives_to_tanh_gelu(x: Tensor, half: float, cubic: float, power: float, 
 
 @rewrite(
     into=lambda x, slope: aten.mul.Tensor(aten.silu.default(aten.mul.Tensor(x, slope)), 1 / slope),
-    when=lambda slope: (isinstance(slope, float) and slope > 0) or f"{slope} is no positive number",
+    when=lambda slope: (isinstance(slope, int | float) and slope > 0) or f"{slope} is no positive number",
 )
 def primitives_to_quick_gelu(x: Tensor, slope: float) -> Any:
     """x * sigmoid(slope x) = silu(slope x) / slope; with 1.702 the quick GELU of CLIP.  Exact."""

@@ -141,6 +141,7 @@ MATCHES: dict[str, Case] = {
     "primitives_to_rms_norm": (lambda m, x: rms_norm(x, m.b), (3, 5, 8), aten.rms_norm.default),
     "primitives_to_rms_norm_weight_last": (lambda m, x: rms_norm(x, m.b, last=True), (3, 5, 8), aten.rms_norm.default),
     "primitives_to_tanh_gelu": (lambda m, x: gelu_new_as_written(x), (3, 8), aten.gelu.default),
+    "primitives_to_quick_gelu": (lambda m, x: x * torch.sigmoid(1.702 * x), (3, 8), aten.silu.default),
 }
 # rule: (call, shape, reason it gives; None where the pattern itself does not match)
 NEAR_MISSES: dict[str, list[Case]] = {
@@ -167,6 +168,11 @@ NEAR_MISSES: dict[str, list[Case]] = {
     ],
     "primitives_to_tanh_gelu": [
         (lambda m, x: gelu_new_as_written(x, cubic=0.05), (3, 8), "are not those of tanh-GELU"),
+    ],
+    "primitives_to_quick_gelu": [
+        (lambda m, x: x * torch.sigmoid(-1.5 * x), (3, 8), "-1.5 is no positive number"),
+        (lambda m, x: x * torch.sigmoid(m.b * x), (3, 8), None),
+        (lambda m, x: (x + 1) * torch.sigmoid(1.5 * x), (3, 8), None),
     ],
 }
 
