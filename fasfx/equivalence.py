@@ -18,7 +18,7 @@ from fasfx.difference import Difference, main_output, output_mask
 from fasfx.errors import InputError
 from fasfx.local_errors import GroupFigures, LocalErrors, Prediction, predict
 from fasfx.model import SpikingModel, depth
-from fasfx.passes.substitute import GROUP
+from fasfx.passes import Substitute
 from fasfx.program import facts
 from fasfx.synapses import reduce_peak
 
@@ -219,21 +219,21 @@ def _local(snn: SpikingModel, batches: list[Batch]) -> tuple[pandas.DataFrame, p
 
 
 def _groups(snn: SpikingModel, figures: dict[str, GroupFigures], share: Prediction) -> pandas.DataFrame:
-    """A row for every neuron group, in the order of the ledger, which knows its bound."""
+    """A row for every neuron group; its bound is in the ledger."""
+    promised = {entry.node: entry for entry in snn.ledger.entries if entry.pass_name == Substitute.name}
     return _frame(
         [
             {
-                "group": entry.node,
-                "module": entry.module,
-                "function": entry.rule.removeprefix(GROUP),
-                "neurons": (found := figures[entry.node]).neurons,
-                "bound": entry.value,
+                "group": name,
+                "module": promised[name].module,
+                "function": found.function,
+                "neurons": found.neurons,
+                "bound": promised[name].value,
                 "measured": found.measured,
                 "clip_share": found.clipped / max(1, found.values),
-                "predicted": share.alone.get(("group", entry.node), 0.0),
+                "predicted": share.alone.get(("group", name), 0.0),
             }
-            for entry in snn.ledger.entries
-            if entry.rule.startswith(GROUP)
+            for name, found in figures.items()
         ]
     )
 

@@ -48,7 +48,8 @@ class LocalErrors(Interpreter):
             sender, exact, sent = ("site", n.meta["site"]), given["x"].clone(), ops.qcfs.op(**given).detach()
         else:
             sender, exact = ("group", n.meta["group"]), FUNCTIONS[given["function"]].exact(given["x"])
-            sent = self.groups.setdefault(n.meta["group"], GroupFigures()).add(given)
+            figures = GroupFigures(given["function"], given["neurons"])
+            sent = self.groups.setdefault(n.meta["group"], figures).add(given)
         if torch.is_grad_enabled() and not exact.requires_grad:
             exact = exact.detach().requires_grad_()
         self.values[sender], self.errors[sender] = exact, sent - exact.detach()
@@ -71,7 +72,8 @@ class GroupFigures:
     clipped:  inputs outside a calibrated range.   values: all inputs.
     """
 
-    neurons: int = 0
+    function: str
+    neurons: int
     measured: float = 0.0
     clipped: int = 0
     values: int = 0
@@ -94,7 +96,7 @@ class GroupFigures:
             gap = gap[x.abs() >= torch.finfo(given["table"].dtype).tiny]
         finite = gap[gap.isfinite()]
         self.measured = max(self.measured, float(finite.max()) if finite.numel() else 0.0)
-        self.neurons, self.values = given["neurons"], self.values + x.numel()
+        self.values += x.numel()
         return sent.to(x.dtype)
 
 
@@ -109,7 +111,7 @@ class Prediction:
     total: float = 0.0
 
 
-def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any], vectors: int = VECTORS) -> Prediction:
+def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any]) -> Prediction:
     """|J e| of every local error e, from products of random signs v with the Jacobian J: E (v J e)^2 = |J e|^2.
 
     Values whose gradient is not finite, such as that of a root at 0, and outputs that are not, are left out; NaN if the
@@ -130,7 +132,7 @@ def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any], vec
     if not output.requires_grad:  # nothing that is sent reaches it
         return Prediction()
     squares, together = dict.fromkeys(senders, 0.0), 0.0
-    for _ in range(vectors):
+    for _ in range(VECTORS):
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
         found = torch.autograd.grad(
             output, [local.values[s] for s in senders], signs * counts, retain_graph=True, allow_unused=True
@@ -139,12 +141,10 @@ def predict(local: LocalErrors, inputs: list[Tensor], batch: dict[str, Any], vec
             0.0 if g is None else float((g.double() * local.errors[s].double()).nan_to_num(0.0, 0.0, 0.0).sum())
             for s, g in zip(senders, found, strict=True)
         ]
-        together += sum(moved) ** 2 / vectors
+        together += sum(moved) ** 2 / VECTORS
         for sender, value in zip(senders, moved, strict=True):
-            squares[sender] += value**2 / vectors
+            squares[sender] += value**2 / VECTORS
     size = float((output.detach().double().nan_to_num(0.0, 0.0, 0.0) * counts).norm())
-    return (
-        Prediction({s: square**0.5 / size for s, square in squares.items()}, together**0.5 / size)
-        if size
-        else Prediction()
-    )
+    if not size:
+        return Prediction()
+    return Prediction({s: square**0.5 / size for s, square in squares.items()}, together**0.5 / size)

@@ -48,17 +48,14 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 PRODUCT = Synapse((0, 1), lambda node: math.prod(_shape(node)))  # element by element
-_CONV, _TRANSPOSED = Synapse((0,), _conv_macs), Synapse((0,), _transposed_conv_macs)
+CONVOLUTIONS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+CONVOLUTIONS |= {aten.conv1d.padding, aten.conv2d.padding}
+TRANSPOSED_CONVOLUTIONS = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
 SYNAPSES: dict[Any, Synapse] = {
     aten.linear.default: Synapse((0, 1), _linear_macs),
     aten.matmul.default: Synapse((0, 1), _matmul_macs),
-    aten.conv1d.default: _CONV,
-    aten.conv2d.default: _CONV,
-    aten.conv3d.default: _CONV,
-    aten.conv1d.padding: _CONV,
-    aten.conv2d.padding: _CONV,
-    aten.conv_transpose1d.default: _TRANSPOSED,
-    aten.conv_transpose2d.input: _TRANSPOSED,
+    **dict.fromkeys(CONVOLUTIONS, Synapse((0,), _conv_macs)),
+    **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, Synapse((0,), _transposed_conv_macs)),
 }
 # Operators that multiply and accumulate, are not sent as spikes by this version, and must not go unreported.
 UNSUPPORTED_WORDS = (

@@ -17,11 +17,9 @@ from fasfx.ops.library import per_threshold
 from fasfx.program import Declined, add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler, strip
-from fasfx.synapses import RELAYS, operand
+from fasfx.synapses import CONVOLUTIONS, RELAYS, operand
 
 aten = torch.ops.aten
-_CONVOLUTIONS: tuple[object, ...] = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-_CONVOLUTIONS += (aten.conv1d.padding, aten.conv2d.padding)
 _ONE = torch.ones(())
 
 
@@ -79,7 +77,7 @@ def scale_to_reader(gm: GraphModule, scaler: Scaler, scales: dict[Node, Tensor],
     if reader.target is aten.linear.default and scaler.is_fixed(reader.args[1]) and scale.dim() <= 1:
         scaler.scale_weight(reader, 1, scale)
         return True
-    if reader.target in _CONVOLUTIONS and (by := _per_input_channel(reader, scale)) is not None:
+    if reader.target in CONVOLUTIONS and (by := _per_input_channel(reader, scale)) is not None:
         scaler.scale_weight(reader, 1, by)
         return True
     if reader.target is aten.sum.dim_IntList and scale.dim() == 0:

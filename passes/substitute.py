@@ -25,7 +25,6 @@ from fasfx.runner import Pass
 from fasfx.synapses import carried_values
 
 aten = torch.ops.aten
-GROUP = "group_"  # the ledger's rule is this and the function's name
 _OF_POSITIONS = {aten.sin.default, aten.cos.default}  # also made into groups where they make rotary tables
 
 
@@ -114,5 +113,5 @@ def _note(gm: GraphModule, node: Node, found: Group) -> None:
     where = "calibrated range" if function.needs_range else "normal numbers" if reduction.normal else "all inputs"
     relative = ", relative to the power of two" if reduction.relative else ""
     bound = Bound(bound_formula(found), f"{where}{relative}; K = {found.size}; but for float rounding")
-    entry = Entry("substitute", f"{GROUP}{found.function}", node.name, module_path(node), bound, found.bound)
+    entry = Entry("substitute", f"group_{found.function}", node.name, module_path(node), bound, found.bound)
     facts(gm).ledger.add(entry)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fasfx
 from fasfx.difference import main_output
 from fasfx.errors import ConfigError, InputError
+from fasfx.program import facts
 from fasfx.runtime.spikes import SpikeTrain
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
@@ -271,7 +272,7 @@ def test_check_tells_error_and_spikes_by_tick(bert: fasfx.SpikingModel, tmp_path
     found = fasfx.check(tiny("bert"), bert, batches, timesteps=(6, 1, 3))
     assert list(found.table["timesteps"]) == [1, 3, 6] and bert.timesteps == 4
     assert found.table["relative_l2"].is_monotonic_decreasing
-    assert found.table["spikes"].is_monotonic_increasing and found.table["spikes"].iloc[0] <= 2
+    assert found.table["spikes"].is_monotonic_increasing and found.table["spikes"].iloc[0] <= _most(bert)
     bert.timesteps = 3
     one = fasfx.check(tiny("bert"), bert, batches, timesteps=(3,))
     bert.timesteps = 4
@@ -281,6 +282,13 @@ def test_check_tells_error_and_spikes_by_tick(bert: fasfx.SpikingModel, tmp_path
     assert found.latency(0.0) is None
     found.plot(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def _most(snn: fasfx.SpikingModel) -> float:
+    """Neurons per value: none sends more than one spike a tick."""
+    values = snn.count_spikes(**tiny_inputs("bert"))["values"]
+    neurons = sum(facts(snn.ranged).sites[site].population * count for site, count in values.items())
+    return float(neurons / values.sum())
 
 
 def test_sequential_latency_is_depth_times_t(bert: fasfx.SpikingModel) -> None:
