@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from fasfx.model import SpikingModel
     from fasfx.quantizer import SpikeQuantizer
     from fasfx.registration import register_function
+    from fasfx.training import ClippedModel, Objective, prepare
+    from fasfx.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
+    "ClippedModel",
     "Equivalence",
+    "Objective",
     "SpikeConfig",
     "SpikeQuantizer",
     "SpikingModel",
@@ -28,14 +32,19 @@ __all__ = [
     "convert",
     "errors",
     "passes",
+    "prepare",
     "register_function",
     "runtime",
     "tools",
+    "tune",
 ]
 
 # Imported at first use, so that the command line answers without loading torch. No name here may be that of a
 # module in this package: importing the module would put it in the place of the name.
 _HOMES = {
+    "ClippedModel": "training",
+    "Objective": "training",
+    "prepare": "training",
     "Equivalence": "equivalence",
     "SpikeConfig": "config",
     "SpikeQuantizer": "quantizer",
@@ -43,6 +52,7 @@ _HOMES = {
     "check": "equivalence",
     "convert": "conversion",
     "register_function": "registration",
+    "tune": "tuning",
 }
 
 

@@ -99,6 +99,8 @@ def softmax_to_deferred(gm: GraphModule, node: Node) -> bool:
             return aten.div.Tensor(aten.matmul.default(weights, proxy(gm, arg(product, 1))), total)
 
         replace(gm, product, deferred)
+    for relay in {relay for relay, _ in products if relay is not None and not relay.users}:
+        gm.graph.erase_node(relay)  # dead code elimination keeps what is random
     replace(gm, node, lambda: aten.div.Tensor(e, total))
     return True
 

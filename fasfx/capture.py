@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
 from fasfx.errors import CaptureError
-from fasfx.program import FACTS, Facts, fake
+from fasfx.program import FACTS, Facts, attribute, facts, fake, set_dropout
 
 Inputs = dict[str, Any]
 MAX_REFINEMENTS = 4
@@ -23,10 +23,11 @@ MAX_REFINEMENTS = 4
 _DECOMPOSED = (torch.ops.aten.einsum.default,)
 
 
-def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig) -> GraphModule:
+def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig, training: bool = False) -> GraphModule:
     """The model as a program at CAPTURED: same inputs by name, same outputs, dynamic batch and length.
 
     batch: one set of model inputs; tensors are inputs of the graph, everything else is a constant of it.
+    training: keep dropout as nodes, off until `set_dropout`; batch norms stay in evaluation; tied weights get one name.
     The model keeps its weights (shared), its train/eval state and its forward.
     Raises CaptureError with torch.export's reason.
     """
@@ -36,12 +37,17 @@ def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig) -> 
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without tensor inputs: pass calibration=[{{name: tensor}}]"
         )
-    with evaluating(model), flags_set(model, constants):
+    with evaluating(model, dropout=training), flags_set(model, constants):
         exported = _export_refining(model, tensors, constants)
     if any(_mutates(node) or node.target in _DECOMPOSED for node in exported.graph.nodes):
         table = default_decompositions()
         exported = exported.run_decompositions({target: table[target] for target in _DECOMPOSED})
-    return program(exported.module(check_guards=False), config, constants)
+    captured = program(exported.module(check_guards=False), config, constants)
+    facts(captured).trainable = training
+    set_dropout(captured, False)
+    if training:
+        tie(captured, model)
+    return captured
 
 
 def program(module: GraphModule, config: SpikeConfig, constants: Inputs) -> GraphModule:
@@ -50,6 +56,16 @@ def program(module: GraphModule, config: SpikeConfig, constants: Inputs) -> Grap
     gm = GraphModule(module, module.graph)
     gm.meta[FACTS] = Facts(level="CAPTURED", config=config, constants=dict(constants), symbols=_symbols(gm))
     return gm.eval()
+
+
+def tie(gm: GraphModule, original: nn.Module) -> None:
+    """One name for every parameter: of tied weights, the one under which the original lists it."""
+    listed = {name for name, _ in original.named_parameters()}
+    names = {id(p): name for name, p in gm.named_parameters(remove_duplicate=False) if name in listed}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        node.target = names.get(id(attribute(gm, str(node.target))), node.target)
+    gm.delete_all_unused_submodules()
+    gm.recompile()
 
 
 def dynamic_shapes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
@@ -153,10 +169,14 @@ def flags_set(model: nn.Module, constants: Inputs) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside, every module's own mode again outside."""
+def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
+    """The model in eval mode inside, every module's own mode again outside.
+
+    dropout: in train mode instead, but for batch norms, whose statistics stay as they are.
+    """
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    for module in modes:
+        module.training = dropout and not isinstance(module, nn.modules.batchnorm._BatchNorm)
     try:
         yield
     finally:

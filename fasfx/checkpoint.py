@@ -22,9 +22,10 @@ from fasfx.writing import written_beside
 if TYPE_CHECKING:
     from fasfx.model import SpikingModel
 
-FORMAT = 1
+FORMAT = 2  # 1 had no learned thresholds
 SETTINGS, GRAPH, WEIGHTS = "spike_config.json", "graph.txt", "model.safetensors"
 _RANGES = "fasfx.sites"
+_OF_SITES = ("peak", "tail", "theta", "tuned", "initial")  # tensors that a site holds
 
 
 def save(model: SpikingModel, folder: Path) -> None:
@@ -36,9 +37,7 @@ def save(model: SpikingModel, folder: Path) -> None:
     tensors, aliases = _unique(_tensors(model.ranged))
     for site in program.sites.values():
         tensors |= {
-            f"{_RANGES}.{site.name}.{key}": t.contiguous()
-            for key in ("peak", "tail")
-            if (t := getattr(site, key)) is not None
+            f"{_RANGES}.{site.name}.{key}": t.contiguous() for key in _OF_SITES if (t := getattr(site, key)) is not None
         }
     if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
         raise CheckpointError(f"{folder} holds a model that would be overwritten: choose another folder")
@@ -56,6 +55,9 @@ def save(model: SpikingModel, folder: Path) -> None:
             "constants": program.constants,
             "aliases": aliases,
             "ranges": program.ranges,
+            "trained": program.trained,
+            "tuned": program.tuned,
+            "tuning": program.tuning,
             "sites": [_site_to_json(site) for site in program.sites.values()],
             "bytes": {file.name: file.stat().st_size for file in sorted(staging.iterdir())},
         }
@@ -79,6 +81,8 @@ def load(folder: Path) -> SpikingModel:
         ranged = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(ranged).constants = settings["constants"]
         facts(ranged).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
+        for name in ("trained", "tuned", "tuning"):
+            setattr(facts(ranged), name, settings.get(name, getattr(facts(ranged), name)))
         facts(ranged).sites = {s["name"]: _site_from_json(s, tensors) for s in settings["sites"]}
         return SpikingModel(ranged, _hugging_face_config(folder, settings))
     except CheckpointError:
@@ -132,5 +136,5 @@ def _site_to_json(site: Site) -> dict[str, Any]:
 
 
 def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:
-    ranges: dict[str, Any] = {key: tensors.get(f"{_RANGES}.{stored['name']}.{key}") for key in ("peak", "tail")}
+    ranges: dict[str, Any] = {key: tensors.get(f"{_RANGES}.{stored['name']}.{key}") for key in _OF_SITES}
     return Site(**(stored | {"channel": tuple(stored["channel"])}), **ranges)

@@ -22,8 +22,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 # What the contract names and this version does not have yet; asking for it is an error, never a silent change.
 _LATER: dict[tuple[str, object], str] = {
-    ("coverage", "activation"): 'use coverage="matmul"',
-    ("activation", "replace"): 'use activation="keep"',
     ("weights", "int8"): 'use weights="float"',
 }
 MAX_RADIX_STEPS = 24  # a count must be exact in float32
@@ -40,6 +38,8 @@ class SpikeConfig:
     schedule:    "sequential": a layer starts when its input is complete; closed form, latency depth * T.
                  "synchronous": all layers tick together, an answer after every tick, latency T; not for radix.
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
+                 "activation": only what activation functions give, as in FAS's released code; the rest stays float.
+    activation:  "keep", or "replace": QCFS takes the place of activation functions (FAS), which needs fine-tuning.
     nonlinear:   "spiking": functions are neuron groups, norms, gates and quotients products of spikes.
                  "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from fasfx.calibration import first_and_all
-from fasfx.capture import capture
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.model import SpikingModel
-from fasfx.passes import Normalise, Observe
-from fasfx.runner import Runner
-
-Progress = Callable[[str, int, int | None], None]
+from fasfx.program import facts
+from fasfx.ranging import Progress, calibrate, observe_again
+from fasfx.training import ClippedModel
 
 
 def convert(
@@ -29,30 +26,35 @@ def convert(
     """Turn a model into a spiking network, without training.
 
     model:       a Hugging Face model, or any torch.nn.Module with example inputs in `calibration`. Not modified:
-                 weights are shared until a pass replaces one.
+                 weights are shared until a pass replaces one. Or what fasfx.prepare gave, trained: its weights are
+                 copied, its thresholds kept.
     calibration: iterable of model-input dicts (a tokenizer's output, a DataLoader), streamed once. None: shipped
                  sentences for a text model with its tokenizer beside it, else random inputs and a warning.
+                 After training: batches whose ranges replace those observed before it.
     config:      SpikeConfig(); what it asks for and this version cannot do is a ConfigError.
     progress:    called with (stage, done, total or None).
     Raises CaptureError, CalibrationError, InputError, ConfigError, CoverageError (strict).
     Error: no bound is claimed for the whole network: `.ledger` bounds every neuron, fasfx.check measures the rest.
     """
-    ranged = calibrate(model, calibration, config or SpikeConfig(), progress)
     after = (lambda name, _: progress(name, 1, 1)) if progress else None
+    if isinstance(model, ClippedModel):
+        ranged = _trained(model, calibration, config, progress)
+    else:
+        ranged = calibrate(model, calibration, config or SpikeConfig(), progress)
     return SpikingModel(ranged, getattr(model, "config", None), after)
 
 
-def calibrate(
-    model: nn.Module, calibration: Iterable[Any] | None, config: SpikeConfig, progress: Progress | None = None
+def _trained(
+    model: ClippedModel, calibration: Iterable[Any] | None, config: SpikeConfig | None, progress: Progress | None
 ) -> GraphModule:
-    """The model as a program at RANGED: captured, normalised, every site's range observed."""
-    if missing := config.unavailable():
-        raise ConfigError("; ".join(missing))
-    report = progress or (lambda stage, done, total: None)
-    first, batches, total = first_and_all(model, calibration)
-    report("capture", 0, 1)
-    captured = capture(model, first, config)
-    report("capture", 1, 1)
-    observe = Observe(batches, on_batch=lambda done: report("observe", done, total))
-    with torch.no_grad():
-        return Runner([Normalise(), observe], after=lambda name, _: report(name, 1, 1)).run(captured)
+    """The program of a stage I network at RANGED, its ranges observed anew if there is data."""
+    ranged = model.ranged()
+    if config is not None and config != facts(ranged).config:
+        raise ConfigError(
+            "a trained network keeps the configuration it was prepared with: convert it without one, "
+            "then set `timesteps` or `schedule` of the result"
+        )
+    if calibration is None:
+        return ranged
+    _, batches, _ = first_and_all(model, calibration)
+    return observe_again(ranged, batches, progress)

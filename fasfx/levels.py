@@ -60,12 +60,12 @@ def carried_by(*neurons: object) -> Check:
     """Every value that enters a synaptic operation comes out of one of these operators, or its module is skipped."""
 
     def check(gm: GraphModule) -> Iterator[Complaint]:
-        for node, live in synapses(gm):
-            if is_skipped(gm, node):
-                continue
-            for position in live:
-                if operand(node.args[position]).target not in neurons:
-                    yield node, f"operand {position} is not carried by spikes"
+        for node, position in spiking_operands(gm):
+            if operand(node.args[position]).target not in neurons:
+                yield node, f"operand {position} is not carried by spikes"
+        missing = set(facts(gm).sites) - {node.meta.get("site") for node in operators(gm) if node.target in neurons}
+        if missing and facts(gm).config.coverage == "activation":
+            yield gm.graph.output_node(), f"depends on values that no neuron sends: {', '.join(sorted(missing))}"
 
     return check
 
@@ -73,10 +73,9 @@ def carried_by(*neurons: object) -> Check:
 def _sent(gm: GraphModule) -> Iterator[Complaint]:
     """Every value that enters a synaptic operation is a count, perhaps times a scale, or its module is skipped."""
     carriers = Carriers(gm)
-    for node, live in synapses(gm):
-        for position in live if not is_skipped(gm, node) else ():
-            if not carriers.is_sent(operand(node.args[position])):
-                yield node, f"operand {position} is not carried by spikes"
+    for node, position in spiking_operands(gm):
+        if not carriers.is_sent(operand(node.args[position])):
+            yield node, f"operand {position} is not carried by spikes"
 
 
 def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
@@ -86,6 +85,14 @@ def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
             theta = arg(node, 1)
             if theta.op != "get_attr" or bool((attribute(gm, str(theta.target)) != config.unit(arg(node, 3))).any()):
                 yield node, "has a static threshold that is not folded"
+
+
+def spiking_operands(gm: GraphModule) -> Iterator[tuple[Node, int]]:
+    """Operands that the configuration wants sent as spikes whatever made them: of every synapse, skipped ones aside."""
+    if facts(gm).config.coverage == "matmul":
+        for node, live in synapses(gm):
+            if not is_skipped(gm, node):
+                yield from ((node, position) for position in live)
 
 
 def is_skipped(gm: GraphModule, node: Node) -> bool:

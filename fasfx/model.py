@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +14,12 @@ from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
 from fasfx.coverage import coverage, require_full
-from fasfx.errors import ConfigError, InputError
+from fasfx.errors import ConfigError
+from fasfx.inputs import bind, input_names
 from fasfx.ledger import Ledger
 from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.passes.clip import thresholds
-from fasfx.program import copy_program, facts, fake
+from fasfx.program import copy_program, facts, freeze
 from fasfx.runner import PassHook, Runner
 from fasfx.runtime.spikes import GroupCounter, SpikeCounter, SpikeRecorder, SpikeTrain, group_train
 from fasfx.runtime.ticks import NetworkState, Settled, StepGraph, settle
@@ -52,7 +54,7 @@ class SpikingModel(nn.Module):
             require_full(found, facts(ranged).config.nonlinear == "exact")
         self.ranged, self.graph_module, self.coverage = ranged, lowered, found
         self._steps = StepGraph(lowered) if facts(ranged).config.schedule == "synchronous" else None
-        _freeze(lowered)
+        freeze(lowered)
 
     # --- running -----------------------------------------------------------------------------------------
 
@@ -165,50 +167,10 @@ class SpikingModel(nn.Module):
     @property
     def input_names(self) -> list[str]:
         """Names of the tensors forward takes, in the order of positional arguments."""
-        return [str(node.target) for node in self.ranged.graph.find_nodes(op="placeholder")]
+        return input_names(self.ranged)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        names, constants = self.input_names, facts(self.ranged).constants
-        if len(args) > len(names):
-            raise InputError(f"{len(args)} positional inputs: the model was captured with {', '.join(names)}")
-        given = dict(zip(names, args, strict=False))
-        if twice := sorted(set(given) & set(kwargs)):
-            raise InputError(f"{', '.join(twice)} given twice: by position and by name")
-        given |= kwargs
-        for name, value in list(given.items()):
-            if name in names:
-                continue
-            if name in constants and constants[name] == value or value is None:
-                del given[name]
-            elif name in constants:
-                raise InputError(f"{name}={value!r}: the model was captured with {name}={constants[name]!r}")
-            else:
-                known = ", ".join(names)
-                raise InputError(f"unknown input {name}: the model was captured with {known}; put it in calibration")
-        if missing := [name for name in names if name not in given]:
-            raise InputError(f"missing input {', '.join(missing)}: the model was captured with {', '.join(names)}")
-        self._check(given)
-        return {name: given[name] for name in names}
-
-    def _check(self, given: Mapping[str, Any]) -> None:
-        sizes: dict[str, tuple[str, int]] = {}  # symbol -> the input that set it
-        for node in self.ranged.graph.find_nodes(op="placeholder"):
-            name, value, wanted = str(node.target), given[str(node.target)], fake(node)
-            if not isinstance(value, Tensor):
-                raise InputError(f"{name} is a {type(value).__name__}, not a tensor")
-            if wanted is None:
-                continue
-            if value.dtype != wanted.dtype or value.dim() != wanted.dim():
-                raise InputError(
-                    f"{name} is {value.dtype} of rank {value.dim()}: "
-                    f"the model takes {wanted.dtype} of rank {wanted.dim()}"
-                )
-            for dim, size in enumerate(wanted.shape):
-                found = value.shape[dim]
-                other, same = sizes.setdefault(str(size), (name, found)) if not isinstance(size, int) else ("", size)
-                if found != same:
-                    like = f"{other} has {same}" if other else f"the model takes {same} there"
-                    raise InputError(f"{name} has size {found} in dim {dim}: {like}")
+        return bind(self.ranged, args, kwargs)
 
     # --- facts -------------------------------------------------------------------------------------------
 
@@ -238,6 +200,12 @@ class SpikingModel(nn.Module):
     def _set(self, **changes: Any) -> None:
         config = self.spike_config.replace(**changes)
         if config != self.spike_config:
+            if (tuned := facts(self.ranged).tuned) is not None and tuned != changes.get("timesteps", tuned):
+                warnings.warn(
+                    f"thresholds and initial potentials were tuned for T = {tuned} and stay as they are; "
+                    f"fasfx.tune at T = {changes['timesteps']} finds others",
+                    stacklevel=4,
+                )
             ranged = copy_program(self.ranged)
             facts(ranged).config = config
             self._build(ranged)
@@ -246,6 +214,14 @@ class SpikingModel(nn.Module):
     def ledger(self) -> Ledger:
         """What every inexact rewrite promised."""
         return facts(self.graph_module).ledger
+
+    @property
+    def tuning(self) -> pandas.DataFrame | None:
+        """What fasfx.tune did: every site's relative squared error before and after each stage; None if not tuned."""
+        import pandas
+
+        rows = facts(self.ranged).tuning
+        return pandas.DataFrame(rows) if rows else None
 
     @property
     def latency_ticks(self) -> dict[str, int]:
@@ -282,14 +258,6 @@ class SpikingModel(nn.Module):
         from fasfx.runtime.export import export
 
         export(self, Path(folder), opset_version, form)
-
-
-def _freeze(gm: GraphModule) -> None:
-    """No gradients, by parameters of its own that share their storage: the caller's stay trainable."""
-    for module in gm.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def depth(gm: GraphModule) -> int:

@@ -34,6 +34,9 @@ class Site:
     tail:    99.9th percentile of |value|, largest over the batches; same shape.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
     population: neurons per value, each with T spikes; 2 where it meets another value element by element.
+    theta:   the threshold that stage I trained, which then holds instead of the calibrated one.
+    tuned:   the one that stage II found, which holds before both.
+    initial: initial membrane potential that stage II found, on top of theta / 2; same unit, broadcasts like theta.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Site:
     population: int = 1
     peak: Tensor | None = None
     tail: Tensor | None = None
+    theta: Tensor | None = None
+    tuned: Tensor | None = None
+    initial: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,10 @@ class Facts:
     tick: str = ""  # the input of a step graph that holds the number of the tick
     states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # function without tails -> its input's range
+    trainable: bool = False  # captured for training: weights keep their names, dropout is there
+    trained: int | None = None  # T of the closed forms that stage I trained with
+    tuned: int | None = None  # T that stage II tuned for
+    tuning: list[dict[str, Any]] = field(default_factory=list)  # stage II: every site's error after each stage
     outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
 
     @property
@@ -106,7 +116,7 @@ def copy_program(gm: GraphModule) -> GraphModule:
     graph = torch.fx.Graph()
     values: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, values))
-    graph._codegen = copy.deepcopy(gm.graph._codegen)
+    graph._codegen = copy.copy(gm.graph._codegen)
     output, old_output = graph.output_node(), gm.graph.output_node()
     output.meta, output.name = copy.copy(old_output.meta), old_output.name
     new = GraphModule(gm, graph)
@@ -130,6 +140,15 @@ def arguments(node: Node) -> dict[str, Any]:
     found = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
     assert found is not None
     return dict(found.kwargs)
+
+
+def set_dropout(gm: GraphModule, active: bool) -> None:
+    """Switch every dropout of a program on or off."""
+    nodes = [n for n in gm.graph.find_nodes(op="call_function", target=aten.dropout.default) if n.args[2] != active]
+    for node in nodes:
+        node.update_arg(2, active)
+    if nodes:
+        gm.recompile()
 
 
 def fake(node: Any) -> Tensor | None:
@@ -184,6 +203,21 @@ def attribute(gm: torch.nn.Module, path: str) -> Any:
     for part in path.split("."):
         value = getattr(value, part)
     return value
+
+
+def set_attribute(gm: torch.nn.Module, path: str, value: Tensor) -> None:
+    """Put a tensor in the place of the one behind a get_attr path; parameters stay parameters."""
+    *parents, name = path.split(".")
+    holder = attribute(gm, ".".join(parents)) if parents else gm
+    setattr(holder, name, torch.nn.Parameter(value, value.requires_grad) if name in holder._parameters else value)
+
+
+def freeze(gm: GraphModule) -> None:
+    """No gradients, by parameters of its own that share their storage: the caller's stay trainable."""
+    for module in gm.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def add_tensor(gm: GraphModule, name: str, value: Tensor, like: Node, trainable: bool = False) -> Node:

@@ -37,8 +37,11 @@ _CLAMPS = {aten.clamp.default, aten.clamp_min.default}
 _SORTING = {aten.sort.default, aten.sort.stable, aten.topk.default, aten.unique_consecutive.default}
 
 
-def make_step_graph(gm: GraphModule) -> None:
-    """Turn a folded program into its step graph. Raises ConfigError for a site whose rows do not keep their place."""
+def make_step_graph(gm: GraphModule, folded: bool = True) -> None:
+    """Turn a program into its step graph. Raises ConfigError for a site whose rows do not keep their place.
+
+    folded: whether static thresholds are units already; else they stay in the graph, as tuning needs them.
+    """
     neurons = gm.graph.find_nodes(op="call_function", target=ops.fire.op)
     _require_still(gm, neurons)
     _quotients_of_nothing(gm)
@@ -49,7 +52,7 @@ def make_step_graph(gm: GraphModule) -> None:
         last = states[node] = _input(gm, last, f"sent_{node.meta['site']}", fake(node))
     fixed, sent = constants(gm), []
     for node, state in states.items():
-        sent.append(_tick(gm, node, state, tick, node.args[1] in fixed))
+        sent.append(_tick(gm, node, state, tick, folded and node.args[1] in fixed))
         gm.graph.erase_node(node)
     facts(gm).tick = str(tick.target)
     facts(gm).states = {node.meta["site"]: str(state.target) for node, state in states.items()}
@@ -61,23 +64,37 @@ def make_step_graph(gm: GraphModule) -> None:
 
 def _tick(gm: GraphModule, node: Node, state: Node, tick: Node, unit: bool) -> Node:
     """fire -> tick; readers get the running estimate. Returns what has been sent, the next state."""
-    x, theta, code, _, levels, signed = node.args
+    x, theta, code, _, levels, signed = node.args[:6]
     steps = int(arg(node, 3))
     config: SpikeConfig = facts(gm).config
+    averages, population = ops.tick.ticking(str(code)).averages, steps // config.timesteps
+    if len(node.args) > 6:
+        x = _with_potential(gm, node, tick if averages else None, population)
     per_unit, u = None, x
     if not unit:  # a dynamic threshold: x in units of it, and back
         per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(config.unit(steps)))
         u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
     sent = state
-    for _ in range(steps // config.timesteps):  # every neuron of the population, one after the other
+    for _ in range(population):  # every neuron of the population, one after the other
         sent = insert(gm, node, node, ops.tick.op, u, sent, tick, code, levels, signed)
     value = sent
-    if ops.tick.ticking(str(code)).averages:
+    if averages:
         value = insert(gm, node, node, aten.div.Tensor, sent, tick)
     if per_unit is not None:
         value = insert(gm, node, node, aten.mul.Tensor, value, per_unit)
+    value.meta["sends"] = node.meta["site"]
     node.replace_all_uses_with(value)
     return sent
+
+
+def _with_potential(gm: GraphModule, node: Node, tick: Node | None, population: int) -> Node:
+    """A neuron's input plus what its initial potential amounts to; where spikes are averaged, over the ticks so far."""
+    potential = arg(node, 6)
+    if tick is not None:
+        potential = insert(gm, node, node, aten.div.Tensor, potential, tick)
+        if population > 1:
+            potential = insert(gm, node, node, aten.div.Tensor, potential, float(population))
+    return insert(gm, node, node, aten.add.Tensor, node.args[0], potential)
 
 
 def _quotients_of_nothing(gm: GraphModule) -> None:

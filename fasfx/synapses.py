@@ -72,6 +72,20 @@ UNSUPPORTED_WORDS = (
     "bilinear",
 )
 _LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}
+# Activation functions in the sense of FAS: what coverage="activation" sends, and activation="replace" replaces.
+ACTIVATIONS = frozenset(
+    {
+        aten.relu.default,
+        aten.gelu.default,
+        aten.silu.default,
+        aten.mish.default,
+        aten.elu.default,
+        aten.leaky_relu.default,
+        aten.hardswish.default,
+        aten.relu6.default,
+        aten.softplus.default,
+    }
+)
 # Value-preserving operators a spike passes unchanged.
 RELAYS = (aten.dropout.default,)
 
@@ -99,7 +113,8 @@ class Carriers:
 
     def __init__(self, gm: GraphModule) -> None:
         self.values, self._fixed = carried_values(gm), constants(gm)
-        self._products = facts(gm).config.nonlinear == "spiking"
+        config = facts(gm).config
+        self._products = config.nonlinear == "spiking" and config.coverage == "matmul"
 
     def is_product(self, node: Node) -> bool:
         """Whether two values, or a value and a table made of positions, are multiplied element by element as spikes.
@@ -162,6 +177,18 @@ def _depends_on_input(node: Node) -> bool:
             seen.add(node)
             waiting += node.all_input_nodes
     return False
+
+
+def activations(gm: GraphModule) -> dict[Node, Node]:
+    """What activation functions give -> the operator; of one that is only moved (viewed), the last move."""
+    values, found = carried_values(gm), dict[Node, Node]()
+    for node in gm.graph.nodes:
+        if node.target in ACTIVATIONS and node in values:
+            end = node
+            while len(end.users) == 1 and (user := next(iter(end.users))).target in MOVES - set(RELAYS):
+                end = user
+            found[end] = node
+    return found
 
 
 def accumulations(value: Node) -> list[Node]:

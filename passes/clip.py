@@ -6,7 +6,6 @@ x  ->  qcfs(x, theta): theta is a parameter, one per tensor or channel, or compu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +15,9 @@ from fasfx import ops
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
-from fasfx.program import Site, add_tensor, describe, facts, fake, insert
+from fasfx.program import Site, add_tensor, arg, describe, facts, fake, insert
 from fasfx.runner import Pass
-from fasfx.synapses import RELAYS, carried_values, operand, sums_exponentials, synapses
+from fasfx.synapses import RELAYS, activations, carried_values, operand, sums_exponentials, synapses
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
@@ -40,6 +39,7 @@ class Clip(Pass):
         code = ops.CODES[config.code]
         check_dtype(gm, code)
         theta = thresholds(gm)
+        replaced = activations(gm) if config.activation == "replace" else {}
         nodes, live = {node.name: node for node in gm.graph.nodes}, {node for node, _ in synapses(gm)}
         for site in facts(gm).sites.values():
             value = nodes[site.name]
@@ -50,10 +50,15 @@ class Clip(Pass):
                 threshold = add_tensor(gm, f"theta_{site.name}", theta[site.name], before, trainable=True)
                 top = float(theta[site.name].max())
             neuron = config.neuron(site.population)
-            clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *neuron, site.signed)
+            initial = [] if site.initial is None else [site.initial]
+            tuned = [add_tensor(gm, f"initial_{site.name}", v, before, trainable=True) for v in initial]
+            clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *neuron, site.signed, *tuned)
             clipped.meta["site"] = site.name
-            for user in _spiking_users(live, value, site):
+            every = config.coverage == "activation" or value in replaced
+            for user in _other_users(value, clipped) if every else _spiking_users(live, value, site):
                 user.replace_input_with(value, clipped)
+            if value in replaced:
+                replaced[value].replace_all_uses_with(arg(replaced[value], 0))
             bound = Bound(
                 code.bound.subs(ops.codes.T, site.population * ops.codes.T),
                 "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"),
@@ -83,6 +88,11 @@ def _from(node: Node) -> Iterator[Node]:
         node = node.next
 
 
+def _other_users(value: Node, clipped: Node) -> list[Node]:
+    """An activation function that is sent or replaced has no value of its own any more."""
+    return [user for user in value.users if user is not clipped]
+
+
 def _spiking_users(live: set[Node], value: Node, site: Site) -> list[Node]:
     """Users that meet the value as spikes: synapses, relays to synapses, and sums of a deferred softmax."""
     sums = [user for user in value.users if user.target is aten.sum.dim_IntList and site.fixed is not None]
@@ -99,7 +109,10 @@ def _per_row(gm: GraphModule, value: Node, before: Node, config: SpikeConfig) ->
 
 
 def thresholds(gm: GraphModule) -> dict[str, Tensor]:
-    """theta of every site with a static threshold; the products' constraint on channels holds."""
+    """theta of every site with a static threshold: what training or tuning found, else calibrated.
+
+    The products' constraint on channels holds for those that are calibrated; learned ones keep it (fasfx.learnable).
+    """
     config, values = facts(gm).config, carried_values(gm)
     gates = {node.name for node in values if _is_product(node, values)}
     sums = {node.name for node in values if node.target is aten.matmul.default and sums_exponentials(node)}
@@ -107,6 +120,9 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     for node, live in synapses(gm):
         if node.target is aten.matmul.default and len(live) == 2:
             _couple(theta, node)
+    for name, site in facts(gm).sites.items():
+        if (learned := site.theta if site.tuned is None else site.tuned) is not None:
+            theta[name] = learned
     return theta
 
 
@@ -149,12 +165,3 @@ def _couple(theta: dict[str, Tensor], node: Node) -> None:
         theta[names[0]] = a.amax(-1, keepdim=True)
     elif per_channel[1]:
         theta[names[1]] = b.amax(-2, keepdim=True)
-
-
-def stored_thresholds(gm: GraphModule) -> dict[str, Any]:
-    """Name of every qcfs node -> its threshold parameter (absent where it is computed per row)."""
-    found = {}
-    for node in gm.graph.find_nodes(op="call_function", target=ops.qcfs.op):
-        if node.args[1].op == "get_attr":
-            found[node.args[0].name] = getattr(gm, node.args[1].target)
-    return found

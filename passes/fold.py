@@ -49,14 +49,18 @@ class Fold(Pass):
 
 def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
     """fire(x, theta) -> fire(x * N / theta, N); returns the unit neuron and theta / N, still to be placed."""
-    x, theta_node, *neuron, signed = node.args
+    x, theta_node, *neuron = node.args[:6]
     assert isinstance(theta_node, Node)
     theta = strip(attribute(gm, str(theta_node.target)).detach().clone())
     top = facts(gm).config.unit(arg(node, 3))
     up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
     Scaler(gm).set_factor(up, per_threshold(top, theta))
     one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)
-    unit = insert(gm, node, node, ops.fire.op, up, one, *neuron, signed)
+    given = (up, one, *neuron)
+    if len(node.args) > 6:
+        initial = attribute(gm, str(arg(node, 6).target)).detach() * per_threshold(top, theta)
+        given += (add_tensor(gm, "unit_initial", initial, node),)
+    unit = insert(gm, node, node, ops.fire.op, *given)
     node.replace_all_uses_with(unit)
     gm.graph.erase_node(node)
     return unit, theta / top

@@ -73,12 +73,23 @@ def close(gm: GraphModule) -> None:
 
 
 def _unit_count(gm: GraphModule, node: Node) -> Node:
-    return insert(gm, node, node, ops.count.op, node.args[0], *node.args[2:])
+    return insert(gm, node, node, ops.count.op, _current(gm, node), *node.args[2:6])
+
+
+def _current(gm: GraphModule, node: Node) -> Node:
+    """What a neuron is given, with what its initial potential adds to that."""
+    x = arg(node, 0)
+    if len(node.args) <= 6:
+        return x  # type: ignore[no-any-return]
+    nothing = torch.zeros(())
+    potential = attribute(gm, str(arg(node, 6).target)).detach()
+    added = ops.codes.with_potential(nothing.to(potential), potential, ops.CODES[arg(node, 2)], arg(node, 3))
+    return insert(gm, node, node, aten.add.Tensor, x, add_tensor(gm, f"potential_{node.name}", added, node))
 
 
 def _scaled_count(gm: GraphModule, node: Node) -> Node:
-    x, theta, code, steps, levels, signed = node.args
+    theta, code, steps, levels, signed = node.args[1:6]
     per_unit = insert(gm, node, node, aten.div.Tensor, theta, float(facts(gm).config.unit(arg(node, 3))))
-    u = insert(gm, node, node, aten.div.Tensor, x, per_unit)
+    u = insert(gm, node, node, aten.div.Tensor, _current(gm, node), per_unit)
     count = insert(gm, node, node, ops.count.op, u, code, steps, levels, signed)
     return insert(gm, node, node, aten.mul.Tensor, count, per_unit)

@@ -165,7 +165,8 @@ class Normalise(Pass):
         changed |= remove_identities(gm)
         changed |= super().rewrite(gm)
         changed |= scaled_products_to_matmul(gm)
-        changed |= fold_batch_norms(gm)
+        if not facts(gm).trainable:
+            changed |= fold_batch_norms(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             attention_to_products(gm, node)
             changed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +11,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx.errors import CalibrationError
-from fasfx.levels import is_skipped
+from fasfx.levels import is_skipped, spiking_operands
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
 from fasfx.program import Site, arg, describe, facts, module_path
 from fasfx.runner import Pass
-from fasfx.synapses import channel_dims, non_negative, operand, reduce_peak, synapses
+from fasfx.synapses import (
+    RELAYS,
+    SYNAPSES,
+    activations,
+    channel_dims,
+    non_negative,
+    operand,
+    reduce_peak,
+)
 
 aten = torch.ops.aten
 TAIL = 0.999  # threshold="percentile" takes this quantile of |value|
@@ -57,29 +65,56 @@ class Observe(Pass):
 
 
 def find_sites(gm: GraphModule) -> dict[str, Site]:
-    """Every value that enters a synaptic operation, once, in the order of the graph."""
+    """Every value that is to become spikes, once, in the order of the graph.
+
+    coverage="matmul": what enters a synaptic operation. "activation": what an activation function gives.
+    """
+    if facts(gm).config.coverage == "activation":
+        return _activation_sites(gm)
     sites: dict[str, Site] = {}
-    for node, live in synapses(gm):
-        if is_skipped(gm, node):
+    for node, position in spiking_operands(gm):
+        value = operand(node.args[position])
+        channel, population = channel_dims(node, position), 2 if node.target is aten.mul.Tensor else 1
+        if value.name in sites:
+            sites[value.name].population = max(population, sites[value.name].population)
+            kept = set(sites[value.name].channel) & set(channel)
+            sites[value.name].channel = tuple(d for d in channel if d in kept)
             continue
-        for position in live:
-            value = operand(node.args[position])
-            channel, population = channel_dims(node, position), 2 if node.target is aten.mul.Tensor else 1
-            if value.name in sites:
-                sites[value.name].population = max(population, sites[value.name].population)
-                kept = set(sites[value.name].channel) & set(channel)
-                sites[value.name].channel = tuple(d for d in channel if d in kept)
-                continue
-            bounded = _is_deferred_softmax(value)
-            sites[value.name] = Site(
-                value.name,
-                module_path(value),
-                () if bounded else channel,
-                not non_negative(value),
-                fixed=1.0 if bounded else None,
-                population=population,
-            )
+        bounded = _is_deferred_softmax(value)
+        sites[value.name] = Site(
+            value.name,
+            module_path(value),
+            () if bounded else channel,
+            not (non_negative(value) or is_replaced(gm, value)),
+            fixed=1.0 if bounded else None,
+            population=population,
+        )
     return sites
+
+
+def _activation_sites(gm: GraphModule) -> dict[str, Site]:
+    sites = dict[str, Site]()
+    for value in activations(gm):
+        if not is_skipped(gm, value):
+            shared = [set(channel_dims(reader, p)) for reader, p in _synaptic_readers(value)]
+            channel = tuple(sorted(set.intersection(*shared))) if shared else ()
+            signed = not (non_negative(value) or is_replaced(gm, value))
+            sites[value.name] = Site(value.name, module_path(value), channel, signed)
+    return sites
+
+
+def _synaptic_readers(value: Node) -> Iterator[tuple[Node, int]]:
+    """(synaptic operation, position) for everything that reads a value, perhaps through a relay."""
+    for user in value.users:
+        if user.target in RELAYS:
+            yield from _synaptic_readers(user)
+        elif user.target in SYNAPSES:
+            yield user, next(i for i, given in enumerate(user.args) if given is value)
+
+
+def is_replaced(gm: GraphModule, value: Node) -> bool:
+    """Whether QCFS takes the place of the activation function that gives a value (activation="replace")."""
+    return facts(gm).config.activation == "replace" and value in activations(gm)
 
 
 def _is_deferred_softmax(value: Node) -> bool:

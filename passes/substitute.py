@@ -43,6 +43,24 @@ def qcfs_to_fire(x: Tensor, theta: Tensor, code: str, steps: int, levels: int, s
     return ops.qcfs.op(x, theta, code, steps, levels, signed)
 
 
+@rewrite(
+    into=lambda x, theta, code, steps, levels, signed, initial: ops.fire.op(
+        x, theta, code, steps, levels, signed, initial
+    ),
+    error=Exact("constant input: the neuron's spikes sum to the closed form"),
+)
+def tuned_qcfs_to_fire(
+    x: Tensor, theta: Tensor, code: str, steps: int, levels: int, signed: bool, initial: Tensor
+) -> Any:
+    """The same with an initial potential on top of theta / 2.
+
+    Shape:  x any, theta and initial broadcastable to x; result like x.   Unit: that of x.
+    Error:  none for constant input.
+    Source: FAS, arXiv 2502.04405, stage II.
+    """
+    return ops.qcfs.op(x, theta, code, steps, levels, signed, initial)
+
+
 class Substitute(Pass):
     """Every qcfs becomes a neuron of the same code, every function of one variable a group of them.
 
@@ -51,7 +69,7 @@ class Substitute(Pass):
     """
 
     name, takes, gives, numerics = "substitute", "CLIPPED", "SPIKING", "ledger"
-    rules = (qcfs_to_fire,)
+    rules = (qcfs_to_fire, tuned_qcfs_to_fire)
 
     def rewrite(self, gm: GraphModule) -> bool:
         """The rule, then the functions."""

@@ -106,3 +106,10 @@ def event(spike: Tensor, levels: int) -> Tensor:
     """+-(i + 1) with i the level, from a spike of 2^(levels - i) half counts; 0 for silence."""
     level = levels + 1 - spike.abs().clamp(min=1).log2().round()
     return torch.where(spike == 0, 0, level * spike.sign()).to(torch.int8)
+
+
+def activity(u: Tensor, steps: int) -> Tensor:
+    """A smooth number of spikes: signed digits of u, a third of its bits after the first, of which `steps` are sent."""
+    size = u.abs()
+    digits = size / (1 + size) * 2 / 3 + size.add(1).log2() / 3
+    return steps * (digits / steps).tanh()

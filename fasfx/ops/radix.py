@@ -29,3 +29,8 @@ def decode(events: Tensor, levels: int) -> Tensor:
     steps = events.shape[0]
     weights = 2 ** torch.arange(steps - 1, -1, -1, dtype=torch.int32, device=events.device)
     return (events * weights.view(-1, *[1] * (events.dim() - 1))).sum(0, dtype=torch.int32)
+
+
+def activity(u: Tensor, steps: int) -> Tensor:
+    """A smooth number of spikes: half of the digits that u has."""
+    return u.abs().add(1).log2().clamp(max=steps) / 2

@@ -49,3 +49,8 @@ def reach(u: Tensor, sent: Tensor, number: Tensor, levels: int, signed: bool) ->
 def event(spike: Tensor, levels: int) -> Tensor:
     """-1, 0, 1 from N_t - N_(t-1)."""
     return spike.to(torch.int8)
+
+
+def activity(u: Tensor, steps: int) -> Tensor:
+    """A smooth number of spikes: one for every count."""
+    return u.abs().clamp(max=steps)

@@ -247,7 +247,7 @@ def test_zeroed_attention(kind: dict[str, Any], reason: str | None) -> None:
 
 
 def test_every_rule_is_tried_here() -> None:
-    tried = set(MATCHES) | {"qcfs_to_fire", "zeroed_attention_to_attention"}
+    tried = set(MATCHES) | {"qcfs_to_fire", "tuned_qcfs_to_fire", "zeroed_attention_to_attention"}
     assert {rule.name for one in PIPELINE for rule in one.rules} <= tried
 
 

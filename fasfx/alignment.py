@@ -1,0 +1,86 @@
+"""How far a network is from its teacher while it learns: site by site, in its logits, and in the spikes it sends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.nn import functional as F
+
+from fasfx import ops
+from fasfx.program import facts
+
+TINY = 1e-12
+
+
+class Recorder(Interpreter):
+    """Runs a program and keeps what every site transmits and, if asked, a smooth number of spikes.
+
+    values: site -> what its neuron transmits: the clipped value, or in a step graph the running estimate; of a
+            program without neurons (RANGED) the value itself.
+    active: site -> spikes per value, differentiable (fasfx.ops.codes.Code.activity).
+    """
+
+    def __init__(self, gm: GraphModule, spikes: bool = False) -> None:
+        super().__init__(gm)
+        self._nodes, self._spikes = transmitted(gm), spikes
+        self.values: dict[str, Tensor] = {}
+        self.active: dict[str, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        """Note what a site's node gives."""
+        value = super().run_node(n)
+        if n in self._nodes:
+            self.values[self._nodes[n]] = value
+        if self._spikes and n.target in (ops.qcfs.op, ops.tick.op):
+            self._count(n)
+        return value
+
+    def _count(self, node: Node) -> None:
+        arguments: Any = self.map_nodes_to_values(node.args, node)
+        if node.target is ops.qcfs.op:
+            x, theta, code, steps, levels, signed = arguments[:6]
+            row = ops.CODES[code]
+            low, top = row.limits(steps, levels, signed)
+            active = row.activity((x * (top / theta)).clamp(low, top), steps)
+        else:
+            u, sent, number, code, levels, signed = arguments
+            active = ops.CODES[code].activity(ops.tick.ticking(code).reach(u, sent, number, levels, signed), 1)
+        site = str(node.meta["site"])
+        self.active[site] = self.active.get(site, 0.0) + active.mean()
+
+
+def transmitted(gm: GraphModule) -> dict[Node, str]:
+    """The node that holds what a site transmits -> the site."""
+    sends = {node: str(node.meta["sends"]) for node in gm.graph.nodes if "sends" in node.meta}
+    clipped = {node: str(node.meta["site"]) for node in gm.graph.find_nodes(op="call_function", target=ops.qcfs.op)}
+    plain = {node: node.name for node in gm.graph.nodes if node.name in facts(gm).sites}
+    return sends or clipped or plain
+
+
+def relative_errors(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Site -> squared error over the teacher's squared norm, differentiable; 1 is "nothing of it arrived"."""
+    found = {}
+    for site, wanted in teacher.items():
+        wanted = wanted.detach()
+        found[site] = (student[site] - wanted).square().sum() / (wanted.square().sum() + TINY)
+    return found
+
+
+def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of logits [..., classes] in nats per position, times temperature^2 (Hinton et al., 2015).
+
+    mask: 0 where a position does not count; ignored where its shape is not that of the positions.
+    """
+    if mask is not None and mask.shape == student.shape[:-1]:
+        student, teacher = student[mask.bool()], teacher[mask.bool()]
+    of, to = (F.log_softmax(x.flatten(0, -2).float() / temperature, -1) for x in (student, teacher.detach()))
+    return F.kl_div(of, to, reduction="batchmean", log_target=True) * temperature**2
+
+
+def mean(values: Mapping[str, Tensor]) -> Tensor:
+    """The mean over sites; 0 for none."""
+    return torch.stack([*values.values()]).mean() if values else torch.zeros(())

@@ -1,0 +1,113 @@
+"""Thresholds and initial potentials that learn: parameters of a program's neurons, kept positive and foldable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fasfx import ops
+from fasfx.program import add_tensor, attribute, facts, insert
+from fasfx.synapses import operand, synapses
+
+aten = torch.ops.aten
+LOG_SCALE, SHARE = "_log_scale", "_share"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def neurons(gm: GraphModule) -> dict[str, Node]:
+    """Site -> its neuron: the clipped form or the spiking one. Only those with a stored threshold, which can learn."""
+    found = [n for n in gm.graph.nodes if n.target in (ops.qcfs.op, ops.fire.op)]
+    return {str(n.meta["site"]): n for n in found if isinstance(n.args[1], Node) and n.args[1].op == "get_attr"}
+
+
+def per_layer(gm: GraphModule) -> Shapes:
+    """One factor for every site."""
+    return {site: () for site in neurons(gm)}
+
+
+def per_channel(gm: GraphModule) -> Shapes:
+    """A factor for every channel of a site, but one for channels that a product of two spiking values sums over.
+
+    There only the product of both thresholds would have to be the same everywhere to leave the sum.
+    """
+    summed = _summed_dims(gm)
+    shapes: Shapes = {}
+    for site, shape in ((site, facts(gm).sites[site].peak.shape) for site in neurons(gm)):  # type: ignore[union-attr]
+        shapes[site] = tuple(1 if d - len(shape) in summed.get(site, set()) else n for d, n in enumerate(shape))
+    return shapes
+
+
+def as_stored(gm: GraphModule) -> Shapes:
+    """A factor for every element of a stored threshold, as far as `per_channel` allows."""
+    summed = _summed_dims(gm)
+    shapes: Shapes = {}
+    for site, node in neurons(gm).items():
+        shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+        shapes[site] = tuple(1 if d - len(shape) in summed.get(site, set()) else n for d, n in enumerate(shape))
+    return shapes
+
+
+def _summed_dims(gm: GraphModule) -> dict[str, set[int]]:
+    """Site -> dims, from the end, that a product of two spiking values sums over."""
+    found: dict[str, set[int]] = {}
+    for node, live in synapses(gm):
+        if node.target is aten.matmul.default and len(live) == 2:
+            for position, dim in ((0, -1), (1, -2)):
+                site = operand(node.args[position]).meta.get("site")
+                found.setdefault(str(site), set()).add(dim)
+    return found
+
+
+def learn_thresholds(gm: GraphModule, shapes: Shapes) -> None:
+    """theta becomes theta * exp(s) with a parameter s = 0 of the given shape: positive, and steps of s are relative."""
+    for site, node in neurons(gm).items():
+        theta: Node = node.args[1]  # type: ignore[assignment]
+        value = attribute(gm, str(theta.target)).detach()
+        base = add_tensor(gm, f"theta_{site}_base", value, node)
+        start = torch.zeros(shapes[site], dtype=value.dtype, device=value.device)
+        scale = add_tensor(gm, f"theta_{site}{LOG_SCALE}", start, node, trainable=True)
+        node.update_arg(
+            1, insert(gm, node, node, aten.mul.Tensor, base, insert(gm, node, node, aten.exp.default, scale))
+        )
+        gm.graph.erase_node(theta)
+        delattr(gm, str(theta.target))
+    gm.recompile()
+
+
+def learn_potentials(gm: GraphModule, shapes: Shapes) -> None:
+    """Every neuron gets an initial potential on top of theta / 2: what it had, plus `potential_unit` times p = 0."""
+    for site, node in neurons(gm).items():
+        start, unit = facts(gm).sites[site].initial, potential_unit(gm, node)
+        base = add_tensor(gm, f"potential_{site}_base", torch.zeros_like(unit) if start is None else start, node)
+        zeros = torch.zeros(shapes[site], dtype=unit.dtype, device=unit.device)
+        share = add_tensor(gm, f"potential_{site}{SHARE}", zeros, node, trainable=True)
+        step = insert(gm, node, node, aten.mul.Tensor, add_tensor(gm, f"potential_{site}_unit", unit, node), share)
+        node.args = (*node.args[:6], insert(gm, node, node, aten.add.Tensor, base, step))
+    gm.recompile()
+
+
+def potential_unit(gm: GraphModule, node: Node) -> Tensor:
+    """What a neuron errs by at most, as an initial potential: the unit in which it is worth changing."""
+    theta, (code, steps, levels) = attribute(gm, str(node.args[1].target)).detach(), node.args[2:5]  # type: ignore[union-attr]
+    row = ops.CODES[str(code)]
+    averages = row.ticking is not None and row.ticking.averages
+    return theta * (row.error_bound(1.0, steps, levels) * (steps if averages else 1))  # type: ignore[operator,arg-type,no-any-return]
+
+
+def learned_thresholds(gm: GraphModule) -> dict[str, Tensor]:
+    """Site -> its threshold now, a copy; of a program in which thresholds learn."""
+    found = _parameters(gm, "theta_", LOG_SCALE)
+    return {site: attribute(gm, f"theta_{site}_base") * scale.exp() for site, scale in found.items()}
+
+
+def learned_potentials(gm: GraphModule) -> dict[str, Tensor]:
+    """Site -> its initial potential now, a copy; of a program in which potentials learn."""
+    found = _parameters(gm, "potential_", SHARE)
+    parts = {site: [attribute(gm, f"potential_{site}_{part}") for part in ("base", "unit")] for site in found}
+    return {site: base + unit * found[site] for site, (base, unit) in parts.items()}
+
+
+def _parameters(gm: GraphModule, before: str, after: str) -> dict[str, Tensor]:
+    named = {name: p.detach() for name, p in gm.named_parameters() if name.startswith(before) and name.endswith(after)}
+    return {name.removeprefix(before).removesuffix(after): value for name, value in named.items()}

@@ -1,0 +1,133 @@
+"""The network that stage II tunes: a step graph whose thresholds and initial potentials learn."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fasfx.alignment import Recorder, divergence, mean, relative_errors
+from fasfx.difference import main_output
+from fasfx.errors import ConfigError
+from fasfx.learnable import (
+    LOG_SCALE,
+    SHARE,
+    Shapes,
+    learn_potentials,
+    learn_thresholds,
+    learned_potentials,
+    learned_thresholds,
+)
+from fasfx.ops import tick
+from fasfx.passes import Clip, Substitute
+from fasfx.passes.lower import look_up
+from fasfx.program import attribute, copy_program, facts, freeze, set_dropout
+from fasfx.runner import Runner, tidy
+from fasfx.runtime.ticks import StepGraph
+from fasfx.step import make_step_graph
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """Inputs in the network's order, what the teachers give for them, and which positions count."""
+
+    inputs: list[Tensor]
+    values: Tensors
+    logits: Tensor
+    mask: Tensor | None
+
+
+class Student:
+    """The network as a step graph whose thresholds and potentials learn; everything else is frozen."""
+
+    def __init__(self, ranged: GraphModule, shapes: Callable[[GraphModule], Shapes], logits: float, spikes: float):
+        program = Runner([Clip(), Substitute()]).run(ranged)
+        set_dropout(program, False)
+        freeze(program)
+        found = shapes(program)
+        if not found:
+            raise ConfigError("thresholds of this network are computed row by row: there are none to tune")
+        learn_potentials(program, found)
+        learn_thresholds(program, found)
+        make_step_graph(program, folded=False)
+        look_up(program)
+        tidy(program)
+        self.program, self._steps, self._ticks = program, StepGraph(program), facts(program).config.timesteps
+        self._logits, self._spikes = logits, spikes
+        self.scales = [p for n, p in program.named_parameters() if n.endswith(LOG_SCALE)]
+        self.shares = [p for n, p in program.named_parameters() if n.endswith(SHARE)]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether fewer spikes are asked for."""
+        return self._spikes > 0
+
+    def run(self, batch: Taught) -> tuple[Tensors, Tensor, Tensor]:
+        """(what every site transmits after the last tick, the logits then, spikes per value)."""
+        sent, active = [*self._steps.state(batch.inputs).sent.values()], torch.zeros(())
+        for number in range(1, self._ticks + 1):
+            recorder = Recorder(self.program, spikes=self.sparse)
+            leaves, sent = recorder.run(*batch.inputs, torch.tensor(number), *sent)
+            active = active + mean(recorder.active)
+        return recorder.values, main_output(self._steps.output(leaves)), active
+
+    def loss(self, batch: Taught) -> tuple[Tensor, Tensor]:
+        """(the whole loss, the alignment in it)."""
+        values, logits, active = self.run(batch)
+        alignment = mean(relative_errors(values, batch.values))
+        kl = divergence(logits, batch.logits, batch.mask) if self._logits else 0.0
+        return alignment + self._logits * kl + self._spikes * active, alignment
+
+    @torch.no_grad()
+    def measure(self, batches: list[Taught]) -> tuple[float, float]:
+        """`loss` over batches, in float."""
+        found = [self.loss(batch) for batch in batches]
+        return tuple(sum(float(part) for part in parts) / len(batches) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def errors(self, batches: list[Taught]) -> Tensors:
+        """Site -> relative squared error, mean over batches."""
+        found = [relative_errors(self.run(batch)[0], batch.values) for batch in batches]
+        return {site: torch.stack([one[site] for one in found]).mean() for site in found[0]}
+
+    @torch.no_grad()
+    def match_means(self, batches: list[Taught], share: float) -> None:
+        """Closed form: every potential takes up `share` of its site's mean error."""
+        gaps: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for site, value in self.run(batch)[0].items():
+                shape = attribute(self.program, f"potential_{site}{SHARE}").shape
+                gap = batch.values[site] - value
+                gaps.setdefault(site, []).append(gap.sum_to_size(shape) * (math.prod(shape) / gap.numel()))
+        for site, found in gaps.items():
+            unit, potential = (attribute(self.program, f"potential_{site}{part}") for part in ("_unit", SHARE))
+            ticks = self._ticks if tick.ticking(facts(self.program).config.code).averages else 1
+            step = torch.stack(found).mean(0) * ticks * share / unit
+            potential.add_(step.sum_to_size(potential.shape) * (potential.numel() / step.numel()))
+
+    def state(self) -> Tensors:
+        """What has been learned, copied."""
+        return {n: p.detach().clone() for n, p in self.program.named_parameters() if n.endswith((LOG_SCALE, SHARE))}
+
+    def load(self, state: Tensors) -> None:
+        """Take up what `state` gave."""
+        with torch.no_grad():
+            for name, value in state.items():
+                attribute(self.program, name).copy_(value)
+
+    def result(self, ranged: GraphModule) -> GraphModule:
+        """The program at RANGED with what was learned as facts of its sites."""
+        new = copy_program(ranged)
+        theta, initial = learned_thresholds(self.program), learned_potentials(self.program)
+        facts(new).sites = {
+            name: dataclasses.replace(site, tuned=theta[name], initial=initial[name]) if name in theta else site
+            for name, site in facts(new).sites.items()
+        }
+        return new

@@ -1,0 +1,294 @@
+"""Stage I of FAS: the clipped program as a module that trains like the model it came from.
+
+Source: FAS, arXiv 2502.04405, stage I; QCFS and its gradient: Bu et al., ICLR 2022; thresholds: LSQ, 1902.08153.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from transformers.utils.generic import find_labels
+
+from fasfx.alignment import Recorder, divergence, mean, relative_errors
+from fasfx.batch_norms import fold_batch_norms
+from fasfx.capture import is_hugging_face, takes_any
+from fasfx.config import SpikeConfig
+from fasfx.difference import main_output, output_mask
+from fasfx.errors import ConfigError, InputError
+from fasfx.inputs import bind, input_names
+from fasfx.layers import Layers
+from fasfx.learnable import LOG_SCALE, as_stored, learn_thresholds, learned_thresholds
+from fasfx.passes import Clip
+from fasfx.program import copy_program, facts, set_attribute, set_dropout
+from fasfx.ranging import Progress, calibrate
+from fasfx.runner import Runner, tidy
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What stage I minimises while it trains: the sum of these terms, each times its weight.
+
+    task:        the model's own loss for its labels.
+    teacher:     the original model, or a fine-tuned one of the same kind; evaluated on every batch, never changed.
+    logits:      KL divergence of the logits from the teacher's, at `temperature`.
+    hidden:      relative squared error of what sites transmit from the teacher's values, mean over the sites.
+    spikes:      spikes per value, mean over the sites: asks for fewer.
+    Without a teacher, logits and hidden do not count.
+    """
+
+    task: float = 1.0
+    teacher: nn.Module | None = None
+    logits: float = 1.0
+    hidden: float = 1.0
+    temperature: float = 1.0
+    spikes: float = 0.0
+
+
+def prepare(
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    config: SpikeConfig | None = None,
+    objective: Objective | None = None,
+    progress: Progress | None = None,
+) -> ClippedModel:
+    """The network of stage I: every site holds its code's closed form (QCFS for the rate code), trainable.
+
+    model, calibration, progress: as in fasfx.convert; labels in calibration batches are ignored. The model is not
+                 modified: what trains is a copy, under the original parameter names.
+    config:      `timesteps` is the T (for the rate code the levels L) that training sees.
+    objective:   what training minimises; None: the model's own loss.
+    Train it with transformers.Trainer or a loop of your own, then call fasfx.convert on it.
+    Raises what fasfx.convert raises.
+    """
+    trained = copy.deepcopy(model)
+    labels = find_labels(type(model)) if is_hugging_face(model) else []
+    batches = None if calibration is None else _Without(calibration, labels)
+    ranged = calibrate(trained, batches, config or SpikeConfig(), progress, training=True)
+    return ClippedModel(ranged, trained, objective)
+
+
+class ClippedModel(nn.Module):
+    """A program at CLIPPED that trains. Made by fasfx.prepare.
+
+    Parameters have the names of the original's; thresholds are `theta_*` times exp of a learned `*_log_scale`, so
+    that they stay positive. Calling it gives the original's output type, with a loss where labels are given.
+    """
+
+    def __init__(self, ranged: GraphModule, original: nn.Module, objective: Objective | None = None) -> None:
+        super().__init__()
+        clipped = Runner([Clip()]).run(ranged)
+        learn_thresholds(clipped, as_stored(clipped))
+        # One set of dicts for both: the program's tensors are this module's own, names and all.
+        self._parameters, self._buffers, self._modules = clipped._parameters, clipped._buffers, clipped._modules
+        self._programs = (ranged, clipped)  # in a tuple: not submodules
+        self._layers: Layers | None = None
+        self._recompute = False
+        self.config = getattr(original, "config", None)
+        self._loss: Callable[..., Tensor] | None = original.loss_function if _has_loss(original) else None  # type: ignore[assignment]
+        self._labels = find_labels(type(original)) if is_hugging_face(original) else []
+        self.accepts_loss_kwargs = takes_any(original)  # as transformers.Trainer reads it off the original
+        self.__class__ = _with_signature(type(self), [*input_names(ranged), *self._labels])
+        self.objective = objective or Objective()
+        self.train(original.training)
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the original's forward, computed from clipped values, with `loss` where labels are given.
+
+        In train mode with a teacher or a weight on spikes, `loss` is the whole objective.
+        Raises InputError naming a missing, unknown or ill-typed input, and for labels of a model without a loss.
+        """
+        items = kwargs.pop("num_items_in_batch", None)
+        targets = {name: v for name in self._labels if (v := kwargs.pop(name, None)) is not None}
+        inputs = bind(self._programs[0], args, kwargs)
+        with_terms = self.training and (self._teacher is not None or self.objective.spikes > 0)
+        if not with_terms:
+            output = self._run(inputs)
+            return _with_loss(output, self._task_loss(output, targets, items)) if targets else output
+        recorder = Recorder(self._programs[1], spikes=self.objective.spikes > 0)
+        output = recorder.run(*inputs.values())
+        loss = self.objective.task * self._task_loss(output, targets, items) if targets else torch.zeros(())
+        return _with_loss(output, loss + self._terms(recorder, output, inputs))
+
+    def _run(self, inputs: dict[str, Tensor]) -> Any:
+        if self._recompute and torch.is_grad_enabled():
+            self._layers = self._layers or Layers(self._programs[1])
+            return self._layers(inputs)
+        return self._programs[1](**inputs)
+
+    def _task_loss(self, output: Any, targets: dict[str, Tensor], items: Any) -> Tensor:
+        if self._loss is None:
+            raise InputError(
+                f"{', '.join(targets)} given, but the loss of this model is none of transformers' own: "
+                "leave them out and compute it from the output"
+            )
+        assert self.config is not None
+        words = getattr(self.config.get_text_config(), "vocab_size", None)
+        given = {"config": self.config, "vocab_size": words, "pooled_logits": output.get("logits")} | dict(output)
+        counted = {} if items is None else {"num_items_in_batch": items}
+        return self._loss(**given, **targets, **counted)
+
+    def _terms(self, recorder: Recorder, output: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """The objective's terms that the task's loss does not hold."""
+        aim, total = self.objective, torch.zeros((), device=main_output(output).device)
+        if self._teacher is not None:
+            teacher = Recorder(self._teacher)
+            with torch.no_grad():
+                wanted = teacher.run(*inputs.values())
+            total = total + aim.hidden * mean(relative_errors(recorder.values, teacher.values))
+            logits = main_output(output), main_output(wanted)
+            total = total + aim.logits * divergence(*logits, output_mask(inputs), aim.temperature)
+        return total + aim.spikes * mean(recorder.active) if aim.spikes else total
+
+    # --- training ----------------------------------------------------------------------------------------
+
+    @property
+    def objective(self) -> Objective:
+        """What training minimises. Setting one with a teacher of another kind raises ConfigError."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, aim: Objective) -> None:
+        self._teacher = None if aim.teacher is None else _teacher(self._programs[0], aim.teacher)
+        self._objective = aim
+
+    def train(self, mode: bool = True) -> ClippedModel:
+        """Dropout on or off, as in the original."""
+        super().train(mode)
+        set_dropout(self._programs[1], mode)
+        if self._layers is not None:
+            self._layers = None
+        return self
+
+    def parameter_groups(self, lr: float, threshold_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer: weights, weights that do not decay (biases, norms), thresholds.
+
+        Thresholds learn their logarithm: `threshold_lr` is a relative step (0.01 is one percent with Adam).
+        """
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        thresholds = [p for name, p in trained if name.endswith(LOG_SCALE)]
+        weights = [p for name, p in trained if not name.endswith(LOG_SCALE)]
+        return [
+            {"params": [p for p in weights if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in weights if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+            {"params": thresholds, "lr": threshold_lr, "weight_decay": 0.0},
+        ]
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """Keep only what goes from layer to layer for the gradient; not together with a teacher or a weight on spikes.
+
+        Raises ConfigError for the options of transformers that are not implemented here.
+        """
+        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+            raise ConfigError("activation checkpointing of a clipped model takes no options: every layer is recomputed")
+        self._recompute = True
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self._recompute = False
+
+    def diagnose(self, *args: Any, **kwargs: Any) -> list[str]:
+        """What does not learn on this batch, by name: parameters without a gradient, sites that transmit nothing.
+
+        The batch needs labels, or the objective a teacher. Gradients and modes are as they were again afterwards.
+        """
+        kept, was = {name: p.grad for name, p in self.named_parameters()}, self.training
+        self.zero_grad()
+        recorder = Recorder(self._programs[1])
+        inputs = {name: value for name, value in kwargs.items() if name not in self._labels}
+        with torch.no_grad():
+            recorder.run(*bind(self._programs[0], args, inputs).values())
+        found = [f"site {site} transmits nothing" for site, value in recorder.values.items() if not bool(value.any())]
+        self.train()
+        self(*args, **kwargs).loss.backward()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad and (parameter.grad is None or not bool(parameter.grad.any())):
+                found.append(f"the gradient of {name} is zero")
+            parameter.grad = kept[name]
+        self.train(was)
+        return found
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ClippedModel:
+        self._layers = None  # it would keep the tensors that fn replaces
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    # --- leaving -----------------------------------------------------------------------------------------
+
+    def ranged(self) -> GraphModule:
+        """A program at RANGED with copies of the weights as they are now; thresholds are facts of its sites."""
+        ranged, clipped = copy_program(self._programs[0]), self._programs[1]
+        known = dict(clipped.named_parameters()) | dict(clipped.named_buffers())
+        for name in [*dict(ranged.named_parameters()), *dict(ranged.named_buffers())]:
+            if name in known:
+                set_attribute(ranged, name, known[name].detach().clone())
+        theta, of = learned_thresholds(clipped), facts(ranged)
+        of.sites = {name: dataclasses.replace(site, theta=theta.get(name)) for name, site in of.sites.items()}
+        of.trained, of.trainable = of.config.timesteps, False
+        fold_batch_norms(ranged)
+        tidy(ranged)
+        return ranged
+
+
+class _Without:
+    """Batches without labels, streamed; as long as the iterable they are from."""
+
+    def __init__(self, batches: Iterable[Any], labels: list[str]) -> None:
+        self._batches, self._labels = batches, labels
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            mapping = isinstance(batch, Mapping)
+            yield {k: v for k, v in batch.items() if k not in self._labels} if mapping else batch
+
+
+def _has_loss(model: nn.Module) -> bool:
+    """Whether transformers' loss for the model's class is the one its forward computes."""
+    if getattr(model, "loss_type", None):
+        return True
+    return is_hugging_face(model) and "self.loss_function" in inspect.getsource(inspect.unwrap(type(model).forward))
+
+
+def _teacher(ranged: GraphModule, model: nn.Module) -> GraphModule:
+    """The program with the weights of another model of the same kind, shared with it."""
+    program = copy_program(ranged)
+    given = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, own in program.named_parameters():
+        if name not in given or given[name].shape != own.shape:
+            found = "it has none" if name not in given else f"its shape is {list(given[name].shape)}"
+            raise ConfigError(
+                f"the teacher {type(model).__name__} has no parameter {name} of shape {list(own.shape)}: {found}; "
+                "pass the model that was prepared, or one of its architecture"
+            )
+    for name in [*dict(program.named_parameters()), *(n for n, _ in program.named_buffers() if n in given)]:
+        set_attribute(program, name, given[name].detach())
+    return program
+
+
+def _with_loss(output: Any, loss: Tensor) -> Any:
+    """The same output type with a loss in front."""
+    return type(output)(loss=loss, **output)
+
+
+def _with_signature(base: type, names: list[str]) -> Any:
+    """A subclass whose forward tells the names it takes, where transformers.Trainer looks for them."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    kinds = inspect.Parameter
+    named = [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names]
+    forward.__signature__ = inspect.Signature([kinds("self", kinds.POSITIONAL_OR_KEYWORD), *named])  # type: ignore[attr-defined]
+    forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})

@@ -1,0 +1,205 @@
+"""Stage II of FAS: thresholds and initial potentials of a synchronous network, per layer and then per channel.
+
+Source: FAS, arXiv 2502.04405, stage II (coarse-to-fine calibration).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fasfx.alignment import Recorder
+from fasfx.calibration import as_batch
+from fasfx.capture import evaluating
+from fasfx.difference import main_output, output_mask
+from fasfx.errors import CalibrationError, ConfigError
+from fasfx.inputs import bind
+from fasfx.learnable import Shapes, per_channel, per_layer
+from fasfx.model import SpikingModel
+from fasfx.passes import Clip
+from fasfx.program import copy_program, facts
+from fasfx.ranging import Progress
+from fasfx.resuming import Saved
+from fasfx.runner import Runner
+from fasfx.student import Student, Taught, Tensors
+
+STAGES: dict[str, Callable[[GraphModule], Shapes]] = {"layer": per_layer, "neuron": per_channel}
+HELD_OUT = 0.2  # share of the batches that gradients do not see
+PATIENCE = 2  # epochs without progress on the held-out batches
+LR = 0.01  # Adam's step of the logarithm of a threshold
+LR_POTENTIAL = 0.05  # Adam's step of an initial potential, in units of what a neuron errs by
+SHARES = (1.0, 0.5, 0.25)  # of the mean error that the closed form may take up; errors add up along the network
+
+
+def tune(
+    snn: SpikingModel,
+    batches: Iterable[Any],
+    stages: Sequence[str] = ("layer", "neuron"),
+    teacher: nn.Module | None = None,
+    logits: float = 1.0,
+    spikes: float = 0.0,
+    epochs: int = 5,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SpikingModel:
+    """Calibrate a synchronous spiking network at its own T; the one given is unchanged.
+
+    batches:  at least two batches of model inputs; labels are not needed. The last fifth is held out.
+    stages:   "layer": one threshold and one initial potential for every site; "neuron": for every channel of one.
+              Each begins with what the one before found, and with the potentials that match means in closed form.
+    teacher:  whose logits are the second teacher, such as the original model; None: the first teacher's own.
+    logits:   weight of KL(teacher || network) of the logits, nats per position.
+    spikes:   weight of spikes per value, mean over the sites: asks for fewer.
+    epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs.
+    folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended.
+    Loss:     mean over sites of |x_T - q|^2 / |q|^2 (x_T: the running estimate after tick T; q: what the site transmits
+              in the network that stage I trained, or the original's value where nothing was trained), plus the terms
+              above. Gradients flow through the ticks; the held-out alignment never ends higher than it began, unless
+              `spikes` asks for that.
+    Returns a network whose `.tuning` has every site's error before and after each stage.
+    Raises ConfigError for a sequential network or an unknown stage, CalibrationError for fewer than two batches.
+    """
+    _check(snn, stages)
+    ranged = snn.ranged
+    given = [bind(ranged, (), as_batch(snn, batch)) for batch in batches]
+    if len(given) < 2:
+        raise CalibrationError(f"{len(given)} batches: tuning needs two at least, one of them held out")
+    taught = _taught(snn, teacher, given, progress)
+    held = max(1, round(HELD_OUT * len(taught)))
+    saved = Saved(folder, {"config": repr(snn.spike_config), "stages": [*stages], "logits": logits, "spikes": spikes})
+    parts = taught[:-held], taught[-held:]
+    errors: dict[str, Tensors] = {}
+    for stage in stages:
+        student = Student(ranged, STAGES[stage], logits, spikes)
+        errors.setdefault("before", student.errors(parts[1]))
+        _Stage(student, stage, parts, saved, progress).run(epochs)
+        errors[stage] = student.errors(parts[1])
+        ranged = student.result(ranged)
+    facts(ranged).tuned, facts(ranged).tuning = snn.timesteps, _rows(ranged, errors)
+    tuned = SpikingModel(ranged, snn.config)
+    saved.done()
+    return tuned
+
+
+def _check(snn: SpikingModel, stages: Sequence[str]) -> None:
+    if snn.schedule != "synchronous":
+        raise ConfigError(
+            "a sequential network has no temporal error to tune away: each neuron sees its final input; "
+            'set model.schedule = "synchronous"'
+        )
+    if not stages or not set(stages) <= set(STAGES):
+        raise ConfigError(f"stages={tuple(stages)!r}: choose one or more of {', '.join(map(repr, STAGES))}")
+
+
+def _taught(
+    snn: SpikingModel, teacher: nn.Module | None, given: list[Tensors], progress: Progress | None
+) -> list[Taught]:
+    """Every batch with the teachers' answers: site values from the first, logits from the second."""
+    first, found = _first_teacher(snn.ranged), []
+    for number, inputs in enumerate(given, 1):
+        recorder = Recorder(first)
+        with torch.no_grad():
+            output = recorder.run(*inputs.values())
+            if teacher is not None:
+                with evaluating(teacher):
+                    output = teacher(**inputs, **facts(snn.ranged).constants)
+        found.append(Taught([*inputs.values()], recorder.values, main_output(output), output_mask(inputs)))
+        if progress:
+            progress("teacher", number, len(given))
+    return found
+
+
+def _first_teacher(ranged: GraphModule) -> GraphModule:
+    """The network that stage I trained, at the T it was trained with; the original where nothing was trained."""
+    program = copy_program(ranged)
+    of = facts(program)
+    if of.trained is None:
+        return program
+    of.config = of.config.replace(timesteps=of.trained)
+    of.sites = {n: dataclasses.replace(site, tuned=None, initial=None) for n, site in of.sites.items()}
+    return Runner([Clip()]).run(program)
+
+
+class _Stage:
+    """One stage: the closed form, then gradients until the held-out loss stops falling; the best state stays."""
+
+    def __init__(
+        self,
+        student: Student,
+        name: str,
+        parts: tuple[list[Taught], list[Taught]],
+        saved: Saved,
+        progress: Progress | None,
+    ) -> None:
+        self._student, self._name, self._saved = student, name, saved
+        self._seen, self._held = parts
+        self._report = progress or (lambda stage, done, total: None)
+        self._best, self._first = (math.inf, math.inf), math.inf
+        self._state = student.state()
+        self._adam = torch.optim.Adam(
+            [{"params": student.scales, "lr": LR}, {"params": student.shares, "lr": LR_POTENTIAL}]
+        )
+
+    def run(self, epochs: int) -> None:
+        """Leaves the student in the best state found."""
+        every = self._saved.load()
+        kept = every.get(self._name)
+        if kept is None:
+            self._begin()
+            epoch, waiting = 0, 0
+        else:
+            self._first, self._best, self._state = kept["first"], tuple(kept["best"]), kept["state"]
+            self._student.load(kept["now"])
+            self._adam.load_state_dict(kept["adam"])
+            epoch, waiting = kept["epoch"], kept["waiting"]
+        while epoch < epochs and waiting < PATIENCE:
+            self._epoch(epoch, epochs)
+            epoch, waiting = epoch + 1, 0 if self._keep() else waiting + 1
+            now = {"first": self._first, "best": self._best, "state": self._state, "now": self._student.state()}
+            progress = {"adam": self._adam.state_dict(), "epoch": epoch, "waiting": waiting}
+            self._saved.save(every | {self._name: now | progress})
+        self._student.load(self._state)
+
+    def _begin(self) -> None:
+        """Measure, then match means as far as it helps."""
+        _, self._first = self._student.measure(self._held)
+        self._keep()
+        start = self._state
+        for share in SHARES:
+            self._student.load(start)
+            self._student.match_means(self._seen, share)
+            if self._keep():
+                break
+        self._student.load(self._state)
+
+    def _epoch(self, epoch: int, epochs: int) -> None:
+        for number, batch in enumerate(self._seen, 1):
+            self._adam.zero_grad()
+            loss, _ = self._student.loss(batch)
+            loss.backward()
+            self._adam.step()
+            self._report(f"tune, {self._name}", epoch * len(self._seen) + number, epochs * len(self._seen))
+
+    def _keep(self) -> bool:
+        """Keep the student's state if it is the best so far; the alignment must not end above where it began."""
+        loss, alignment = self._student.measure(self._held)
+        better = loss < self._best[0] and (alignment <= self._first or self._student.sparse)
+        if better:
+            self._best, self._state = (loss, alignment), self._student.state()
+        return better
+
+
+def _rows(ranged: GraphModule, errors: dict[str, Tensors]) -> list[dict[str, Any]]:
+    """The table of `SpikingModel.tuning`."""
+    sites = facts(ranged).sites
+    return [
+        {"site": name, "module": sites[name].module} | {stage: float(of[name]) for stage, of in errors.items()}
+        for name in errors["before"]
+    ]
