@@ -121,7 +121,7 @@ def text_batches(model: nn.Module, tokenizer: Any, texts: list[str], length: int
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     limit = min(length or 512, getattr(model.config, "max_position_embeddings", None) or 512)
-    names = parameters_of(model)
+    names = getattr(model, "input_names", None) or parameters_of(model)  # a spiking network's forward takes any
     batches = []
     for start in range(0, len(texts), NUM_TEXTS_PER_BATCH):
         chunk = texts[start : start + NUM_TEXTS_PER_BATCH]
@@ -133,7 +133,8 @@ def text_batches(model: nn.Module, tokenizer: Any, texts: list[str], length: int
 
 def without_cache(model: nn.Module) -> Batch:
     """use_cache=False where the model takes it: a key-value cache is no output of a spiking network."""
-    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) else {}
+    cached = getattr(getattr(model, "config", None), "use_cache", None) and "use_cache" in parameters_of(model)
+    return {"use_cache": False} if cached else {}
 
 
 def tokenizer_beside(source: str) -> Any | None:

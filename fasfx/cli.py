@@ -1,4 +1,4 @@
-"""The command line: demo, convert, check, export, passes. torch is imported inside the commands only."""
+"""The command line: one function per command. torch is imported inside the commands only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError, FasfxError
-from fasfx.terminal import contributions, equivalence, progress, quiet, say, show, silent, table, working
+from fasfx.terminal import contributions, equivalence, progress, quiet, say, show, silent, table, tuning, working
 
 if TYPE_CHECKING:
     from fasfx.config import SpikeConfig
@@ -44,7 +44,7 @@ app = typer.Typer(
 passes = typer.Typer(no_args_is_help=True, help="The passes that turn a model into a spiking network.")
 app.add_typer(passes, name="passes")
 
-TEXTS = ".txt with one text per line, or .jsonl"
+TEXTS = ".txt with one text per line, .jsonl or .csv"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or its id on the hub.")]
 Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `fasfx convert` wrote.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the spiking network.")]
@@ -63,6 +63,21 @@ Onnx = Annotated[Path, typer.Option(help="Folder for model.onnx and what belongs
 Ticks = Annotated[bool, typer.Option("--ticks", help="Watch the answer settle, tick by tick, instead.")]
 Form = Annotated[str | None, typer.Option(help="Of a synchronous network: loop (T is an input) or step.")]
 Opset = Annotated[int, typer.Option(help="ONNX operator set, 18 or newer.")]
+
+Task = Annotated[str, typer.Option(help="classification (.jsonl or .csv with text and label) or language-modelling.")]
+Training = Annotated[Path, typer.Option(help="What to train on.")]
+Evaluation = Annotated[Path | None, typer.Option(help="What to measure on; without it the last tenth of the data.")]
+Epochs = Annotated[float, typer.Option(help="How often the data is gone through.")]
+Rate = Annotated[float, typer.Option(help="Learning rate of the weights.")]
+Length = Annotated[int, typer.Option(help="Tokens of a text or block.")]
+Rows = Annotated[int, typer.Option(help="Texts or blocks of a batch.")]
+Distill = Annotated[bool, typer.Option("--distill", help="Also learn from MODEL's own logits and values.")]
+Fewer = Annotated[float, typer.Option(help="Weight of the number of spikes in the loss.")]
+Seed = Annotated[int, typer.Option(help="Of the order of the data, dropout, and new weights.")]
+Stages = Annotated[str, typer.Option(help="What to tune, in order.")]
+TuneData = Annotated[Path, typer.Option(help=f"Texts to tune on, without labels: {TEXTS}.")]
+TuneOut = Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the result; without it OUT itself.")]
+Rounds = Annotated[int, typer.Option(help="At most so many epochs for each stage.")]
 
 
 @app.command()
@@ -105,6 +120,96 @@ def convert(
             snn = fasfx.convert(original, batches, config, report)
         save(snn, tokenizer, out)
     show(f"{snn!r}\nsaved in {out}; next: fasfx check {model} {out}")
+
+
+@app.command()
+def finetune(
+    model: Model,
+    out: Out,
+    task: Task,
+    data: Training,
+    evaluation: Evaluation = None,
+    epochs: Epochs = 3,
+    lr: Rate = 5e-5,
+    length: Length = 128,
+    batch: Rows = 16,
+    distill: Distill = False,
+    spikes: Fewer = 0.0,
+    seed: Seed = 0,
+    timesteps: Timesteps = None,
+    preset: Preset = None,
+    code: Code = None,
+    schedule: Schedule = None,
+) -> None:
+    """Stage I of FAS: train MODEL with the values that spikes will carry, then convert it.
+
+    After a kill the same command goes on where it was.
+    """
+    with quiet():
+        from fasfx.calibration import tokenizer_beside
+        from fasfx.finetuning import TASKS, Recipe, forget
+        from fasfx.finetuning import finetune as train
+        from fasfx.folders import check_target, save
+
+        if task not in TASKS:
+            raise ConfigError(f"--task {task!r}: choose one of {', '.join(TASKS)}")
+        config = _config(preset, {"timesteps": timesteps, "code": code, "schedule": schedule})
+        check_target(out)
+        tokenizer = tokenizer_beside(model)
+        if tokenizer is None:
+            raise CalibrationError(NO_TOKENIZER.format(model, data))
+        other = None if evaluation is None else str(evaluation)
+        recipe = Recipe(model, task, str(data), other, epochs, lr, length, batch, distill, spikes, seed)
+        kept = out.with_name(f"{out.name}.training")
+        with progress() as report:
+            found = train(recipe, config, tokenizer, kept, report)
+        save(found.snn, tokenizer, out)
+        forget(kept)
+        for warning in found.warnings[:MOST]:
+            say("warning", "yellow", warning)
+    shares = found.score == "accuracy"
+    trained, spiking = (f"{x:.2%}" if shares else f"{x:.3f}" for x in (found.trained, found.spiking))
+    show(f"{found.snn!r}\n{found.score} on data not trained on: {trained} stage I, {spiking} spiking\nsaved in {out}")
+
+
+@app.command()
+def tune(
+    out: Checkpoint,
+    data: TuneData,
+    result: TuneOut = None,
+    stages: Stages = "layer,neuron",
+    timesteps: Timesteps = None,
+    spikes: Fewer = 0.0,
+    epochs: Rounds = 5,
+) -> None:
+    """Stage II of FAS: tune thresholds and initial potentials of the synchronous network OUT.
+
+    After a kill the same command goes on where it was.
+    """
+    with quiet():
+        import fasfx
+        from fasfx.calibration import text_batches, tokenizer_beside
+        from fasfx.folders import check_target, read_texts, save
+
+        texts, target = read_texts(data), result or out
+        snn = fasfx.SpikingModel.from_pretrained(out)
+        if result is not None:
+            check_target(result)
+        if snn.schedule != "synchronous":
+            say("note", "cyan", f"{out} was sequential; tuning is of the synchronous schedule, which the result has")
+            snn.schedule = "synchronous"
+        snn.timesteps = timesteps or snn.timesteps
+        tokenizer = tokenizer_beside(str(out))
+        if tokenizer is None:
+            raise CalibrationError(NO_TOKENIZER.format(out, data))
+        batches = text_batches(snn, tokenizer, texts)
+        kept = target.with_name(f"{target.name}.tuning")
+        with progress() as report:
+            tuned = fasfx.tune(snn, batches, _words(stages), spikes=spikes, epochs=epochs, folder=kept, progress=report)
+        save(tuned, tokenizer, target)
+    assert tuned.tuning is not None
+    tuning(tuned.tuning, f"Error of every site on held-out texts, T = {tuned.timesteps}")
+    show(f"saved in {target}")
 
 
 @app.command()
@@ -199,6 +304,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(f"--timesteps {text!r}: give whole numbers from 1 on, such as 1,2,4")
     return tuple(int(part) for part in parts)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.replace(" ", "").split(",") if part)
 
 
 def _load(source: str) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from fasfx.calibration import first_and_all
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.model import SpikingModel
@@ -56,5 +55,4 @@ def _trained(
         )
     if calibration is None:
         return ranged
-    _, batches, _ = first_and_all(model, calibration)
-    return observe_again(ranged, batches, progress)
+    return observe_again(ranged, (model.inputs(batch) for batch in calibration), progress)

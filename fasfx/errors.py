@@ -23,6 +23,10 @@ class CalibrationError(FasfxError, ValueError):
     """The calibration data cannot give thresholds: empty, NaN, or not the model's inputs."""
 
 
+class DataError(FasfxError, ValueError):
+    """Training data cannot be used: no labels, one class only, an empty text; names the file and line."""
+
+
 class LevelError(FasfxError):
     """A pass left a graph that is not at the level it promised; names the pass and the nodes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import tempfile
@@ -61,17 +62,29 @@ def _class_of(config: Any) -> Any:
 
 
 def read_texts(file: Path) -> list[str]:
-    """One text per line, or per JSON line its "text". Raises CalibrationError naming the line."""
+    """One text per line, or per JSON line its "text", or the column of that name of a .csv file.
+
+    Raises CalibrationError naming the line.
+    """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CalibrationError(f"cannot read {file}: {why}; give a .txt file, one text per line, or .jsonl") from error
+    if file.suffix == ".csv":
+        return _column(file, lines)
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     texts = [_text(file, *one) if file.suffix == ".jsonl" else one[1] for one in numbered]
     if not any(texts):
         raise CalibrationError(f"{file} holds no texts: write one per line")
     return [text for text in texts if text]
+
+
+def _column(file: Path, lines: list[str]) -> list[str]:
+    rows = [*csv.DictReader(lines)]
+    if not rows or not any(row.get("text") for row in rows):
+        raise CalibrationError(f'{file} holds no texts: its first line must name a column "text"')
+    return [row["text"] for row in rows if row.get("text")]
 
 
 def check_target(folder: Path) -> None:

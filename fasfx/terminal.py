@@ -150,3 +150,15 @@ def contributions(figures: pandas.DataFrame, title: str) -> None:
     """Print fasfx.check's sites and groups with what each would do to the output alone."""
     rows = [(row.name, row.module, f"{row.predicted:.3%}") for row in figures.itertuples(index=False)]
     table(title, ("site or group", "module", "error of the output"), rows)
+
+
+def tuning(figures: pandas.DataFrame, title: str) -> None:
+    """Print SpikingModel.tuning: relative squared errors of sites before and after each stage, their mean last."""
+    stages = [name for name in figures if name not in ("site", "module")]
+    rows = [(row["site"], row["module"], *(f"{row[name]:.4%}" for name in stages)) for _, row in figures.iterrows()]
+    mean = ("mean", "", *(f"{figures[name].mean():.4%}" for name in stages))
+    table(
+        title,
+        ("site", "module", *("before" if name == "before" else f"after {name}" for name in stages)),
+        [*rows, mean],
+    )

@@ -108,8 +108,8 @@ class ClippedModel(nn.Module):
         Raises InputError naming a missing, unknown or ill-typed input, and for labels of a model without a loss.
         """
         items = kwargs.pop("num_items_in_batch", None)
-        targets = {name: v for name in self._labels if (v := kwargs.pop(name, None)) is not None}
-        inputs = bind(self._programs[0], args, kwargs)
+        targets = {name: v for name in self._labels if (v := kwargs.get(name)) is not None}
+        inputs = self.inputs(kwargs, *args)
         with_terms = self.training and (self._teacher is not None or self.objective.spikes > 0)
         if not with_terms:
             output = self._run(inputs)
@@ -118,6 +118,10 @@ class ClippedModel(nn.Module):
         output = recorder.run(*inputs.values())
         loss = self.objective.task * self._task_loss(output, targets, items) if targets else torch.zeros(())
         return _with_loss(output, loss + self._terms(recorder, output, inputs))
+
+    def inputs(self, batch: Mapping[str, Any], *args: Any) -> dict[str, Tensor]:
+        """What the program takes of a batch, in its order: no labels, no constants. Raises InputError."""
+        return bind(self._programs[0], args, {n: v for n, v in batch.items() if n not in self._labels})
 
     def _run(self, inputs: dict[str, Tensor]) -> Any:
         if self._recompute and torch.is_grad_enabled():
@@ -206,9 +210,8 @@ class ClippedModel(nn.Module):
         kept, was = {name: p.grad for name, p in self.named_parameters()}, self.training
         self.zero_grad()
         recorder = Recorder(self._programs[1])
-        inputs = {name: value for name, value in kwargs.items() if name not in self._labels}
         with torch.no_grad():
-            recorder.run(*bind(self._programs[0], args, inputs).values())
+            recorder.run(*self.inputs(kwargs, *args).values())
         found = [f"site {site} transmits nothing" for site, value in recorder.values.items() if not bool(value.any())]
         self.train()
         self(*args, **kwargs).loss.backward()
