@@ -21,6 +21,7 @@ class Recorder(Interpreter):
 
     values: site -> what its neuron transmits: the clipped value, or in a step graph the running estimate; of a
             program without neurons (RANGED) the value itself.
+    currents: site -> its neuron's input in a step graph.
     active: site -> spikes per value, differentiable (fasfx.ops.codes.Code.activity).
     """
 
@@ -28,6 +29,7 @@ class Recorder(Interpreter):
         super().__init__(gm)
         self._nodes, self._spikes = transmitted(gm), spikes
         self.values: dict[str, Tensor] = {}
+        self.currents: dict[str, Tensor] = {}
         self.active: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -35,6 +37,8 @@ class Recorder(Interpreter):
         value = super().run_node(n)
         if n in self._nodes:
             self.values[self._nodes[n]] = value
+        if n.target is ops.tick.op:
+            self.currents.setdefault(str(n.meta["site"]), self.env[n.args[0]])  # type: ignore[index]
         if self._spikes and n.target in (ops.qcfs.op, ops.tick.op):
             self._count(n)
         return value

@@ -11,7 +11,7 @@ from fasfx.program import add_tensor, attribute, facts, insert
 from fasfx.synapses import operand, synapses
 
 aten = torch.ops.aten
-LOG_SCALE, SHARE = "_log_scale", "_share"
+LOG_SCALE, SHARE, UNIT = "_log_scale", "_share", "_unit"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -76,23 +76,19 @@ def learn_thresholds(gm: GraphModule, shapes: Shapes) -> None:
 
 
 def learn_potentials(gm: GraphModule, shapes: Shapes) -> None:
-    """Every neuron gets an initial potential on top of theta / 2: what it had, plus `potential_unit` times p = 0."""
+    """Every neuron gets an initial potential on top of theta / 2: what it had, plus a unit times a parameter p = 0.
+
+    The unit is 1 until someone knows better which steps are worth taking (`potential_*_unit`, []).
+    """
     for site, node in neurons(gm).items():
-        start, unit = facts(gm).sites[site].initial, potential_unit(gm, node)
-        base = add_tensor(gm, f"potential_{site}_base", torch.zeros_like(unit) if start is None else start, node)
-        zeros = torch.zeros(shapes[site], dtype=unit.dtype, device=unit.device)
+        start, theta = facts(gm).sites[site].initial, attribute(gm, str(node.args[1].target)).detach()  # type: ignore[union-attr]
+        one = torch.ones((), dtype=theta.dtype, device=theta.device)
+        base = add_tensor(gm, f"potential_{site}_base", 0 * one if start is None else start, node)
+        zeros = torch.zeros(shapes[site], dtype=theta.dtype, device=theta.device)
         share = add_tensor(gm, f"potential_{site}{SHARE}", zeros, node, trainable=True)
-        step = insert(gm, node, node, aten.mul.Tensor, add_tensor(gm, f"potential_{site}_unit", unit, node), share)
+        step = insert(gm, node, node, aten.mul.Tensor, add_tensor(gm, f"potential_{site}{UNIT}", one, node), share)
         node.args = (*node.args[:6], insert(gm, node, node, aten.add.Tensor, base, step))
     gm.recompile()
-
-
-def potential_unit(gm: GraphModule, node: Node) -> Tensor:
-    """What a neuron errs by at most, as an initial potential: the unit in which it is worth changing."""
-    theta, (code, steps, levels) = attribute(gm, str(node.args[1].target)).detach(), node.args[2:5]  # type: ignore[union-attr]
-    row = ops.CODES[str(code)]
-    averages = row.ticking is not None and row.ticking.averages
-    return theta * (row.error_bound(1.0, steps, levels) * (steps if averages else 1))  # type: ignore[operator,arg-type,no-any-return]
 
 
 def learned_thresholds(gm: GraphModule) -> dict[str, Tensor]:
@@ -104,7 +100,7 @@ def learned_thresholds(gm: GraphModule) -> dict[str, Tensor]:
 def learned_potentials(gm: GraphModule) -> dict[str, Tensor]:
     """Site -> its initial potential now, a copy; of a program in which potentials learn."""
     found = _parameters(gm, "potential_", SHARE)
-    parts = {site: [attribute(gm, f"potential_{site}_{part}") for part in ("base", "unit")] for site in found}
+    parts = {site: [attribute(gm, f"potential_{site}{part}") for part in ("_base", UNIT)] for site in found}
     return {site: base + unit * found[site] for site, (base, unit) in parts.items()}
 
 

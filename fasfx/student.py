@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder, divergence, mean, relative_errors
+from fasfx.alignment import TINY, Recorder, divergence, mean, relative_errors
 from fasfx.difference import main_output
 from fasfx.errors import ConfigError
 from fasfx.learnable import (
     LOG_SCALE,
     SHARE,
+    UNIT,
     Shapes,
     learn_potentials,
     learn_thresholds,
@@ -32,6 +33,7 @@ from fasfx.runtime.ticks import StepGraph
 from fasfx.step import make_step_graph
 
 Tensors = dict[str, Tensor]
+FACTORS = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 5))  # of a threshold, that `search` tries
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Student:
         tidy(program)
         self.program, self._steps, self._ticks = program, StepGraph(program), facts(program).config.timesteps
         self._logits, self._spikes = logits, spikes
+        # A rate neuron spreads its initial potential over its ticks.
+        self._spread = self._ticks if tick.ticking(facts(program).config.code).averages else 1
         self.scales = [p for n, p in program.named_parameters() if n.endswith(LOG_SCALE)]
         self.shares = [p for n, p in program.named_parameters() if n.endswith(SHARE)]
 
@@ -98,19 +102,72 @@ class Student:
         return {site: torch.stack([one[site] for one in found]).mean() for site in found[0]}
 
     @torch.no_grad()
+    def search(self, batches: list[Taught]) -> None:
+        """Closed form: every threshold becomes the best of FACTORS times itself, by squared error to the teacher.
+
+        Neurons are run on the currents that the network gives them now; changes elsewhere are not foreseen.
+        """
+        errors: dict[str, Tensor] = {}
+        for batch in batches:
+            currents = self._currents(batch)
+            for site, us in currents.items():
+                shape = attribute(self.program, f"theta_{site}{LOG_SCALE}").shape
+                gaps = (self._neuron(site, us, factor) - batch.values[site] for factor in FACTORS)
+                found = torch.stack([gap.square().sum_to_size(shape) for gap in gaps])
+                errors[site] = errors.get(site, 0.0) + found
+        factors = torch.tensor(FACTORS)
+        for site, found in errors.items():
+            scale = attribute(self.program, f"theta_{site}{LOG_SCALE}")
+            scale.add_(factors.to(scale)[found.argmin(0)].log())
+
+    def _currents(self, batch: Taught) -> dict[str, list[Tensor]]:
+        """Site -> its neuron's input in every tick, in units of its threshold."""
+        found: dict[str, list[Tensor]] = {}
+        sent = [*self._steps.state(batch.inputs).sent.values()]
+        for number in range(1, self._ticks + 1):
+            recorder = Recorder(self.program)
+            _, sent = recorder.run(*batch.inputs, torch.tensor(number), *sent)
+            for site, current in recorder.currents.items():
+                found.setdefault(site, []).append(current)
+        return found
+
+    def _neuron(self, site: str, currents: list[Tensor], factor: float) -> Tensor:
+        """What the site transmits after the last tick if its threshold is `factor` times what it is."""
+        of, config = facts(self.program).sites[site], facts(self.program).config
+        row, (_, steps, levels) = tick.ticking(config.code), config.neuron(of.population)
+        sent = torch.zeros_like(currents[0])
+        for number, current in enumerate(currents, 1):
+            for _ in range(steps // config.timesteps):
+                sent = row.tick(current / factor, sent, torch.tensor(number), levels, of.signed)
+        theta = learned_thresholds(self.program)[site] * factor
+        return sent * (theta / config.unit(steps)) / (len(currents) if row.averages else 1)
+
+    @torch.no_grad()
     def match_means(self, batches: list[Taught], share: float) -> None:
         """Closed form: every potential takes up `share` of its site's mean error."""
         gaps: dict[str, list[Tensor]] = {}
         for batch in batches:
             for site, value in self.run(batch)[0].items():
                 shape = attribute(self.program, f"potential_{site}{SHARE}").shape
-                gap = batch.values[site] - value
+                gap = (batch.values[site] - value) * self._spread
                 gaps.setdefault(site, []).append(gap.sum_to_size(shape) * (math.prod(shape) / gap.numel()))
         for site, found in gaps.items():
-            unit, potential = (attribute(self.program, f"potential_{site}{part}") for part in ("_unit", SHARE))
-            ticks = self._ticks if tick.ticking(facts(self.program).config.code).averages else 1
-            step = torch.stack(found).mean(0) * ticks * share / unit
-            potential.add_(step.sum_to_size(potential.shape) * (potential.numel() / step.numel()))
+            attribute(self.program, f"potential_{site}{SHARE}").add_(
+                torch.stack(found).mean(0) * share / self._unit(site)
+            )
+
+    @torch.no_grad()
+    def set_units(self, batches: list[Taught]) -> None:
+        """Potentials are learned in units of the root of their site's mean squared error."""
+        squares: dict[str, list[Tensor]] = {}
+        for batch in batches:
+            for site, value in self.run(batch)[0].items():
+                squares.setdefault(site, []).append((value - batch.values[site]).square().mean())
+        for site, found in squares.items():
+            self._unit(site).copy_(torch.stack(found).mean().sqrt() * self._spread).clamp_(min=TINY)
+
+    def _unit(self, site: str) -> Tensor:
+        return attribute(self.program, f"potential_{site}{UNIT}")  # type: ignore[no-any-return]
 
     def state(self) -> Tensors:
         """What has been learned, copied."""

@@ -32,9 +32,10 @@ from fasfx.student import Student, Taught, Tensors
 
 STAGES: dict[str, Callable[[GraphModule], Shapes]] = {"layer": per_layer, "neuron": per_channel}
 HELD_OUT = 0.2  # share of the batches that gradients do not see
-PATIENCE = 2  # epochs without progress on the held-out batches
+PATIENCE = 2  # epochs without progress on the held-out batches in a row
+SLOWER = 0.3  # what an epoch without progress makes of the steps
 LR = 0.01  # Adam's step of the logarithm of a threshold
-LR_POTENTIAL = 0.05  # Adam's step of an initial potential, in units of what a neuron errs by
+LR_POTENTIAL = 0.02  # Adam's step of an initial potential, in units of the root of its site's mean squared error
 SHARES = (1.0, 0.5, 0.25)  # of the mean error that the closed form may take up; errors add up along the network
 
 
@@ -142,6 +143,7 @@ class _Stage:
         self._seen, self._held = parts
         self._report = progress or (lambda stage, done, total: None)
         self._best, self._first = (math.inf, math.inf), math.inf
+        student.set_units(self._seen)
         self._state = student.state()
         self._adam = torch.optim.Adam(
             [{"params": student.scales, "lr": LR}, {"params": student.shares, "lr": LR_POTENTIAL}]
@@ -162,14 +164,20 @@ class _Stage:
         while epoch < epochs and waiting < PATIENCE:
             self._epoch(epoch, epochs)
             epoch, waiting = epoch + 1, 0 if self._keep() else waiting + 1
+            if waiting:  # back to the best state, with smaller steps
+                self._student.load(self._state)
+                for group in self._adam.param_groups:
+                    group["lr"] *= SLOWER
             now = {"first": self._first, "best": self._best, "state": self._state, "now": self._student.state()}
             progress = {"adam": self._adam.state_dict(), "epoch": epoch, "waiting": waiting}
             self._saved.save(every | {self._name: now | progress})
         self._student.load(self._state)
 
     def _begin(self) -> None:
-        """Measure, then match means as far as it helps."""
+        """Measure, then thresholds and means in closed form, as far as they help."""
         _, self._first = self._student.measure(self._held)
+        self._keep()
+        self._student.search(self._seen)
         self._keep()
         start = self._state
         for share in SHARES:
