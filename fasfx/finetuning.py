@@ -27,7 +27,7 @@ from fasfx.training import ClippedModel, Objective, prepare
 
 TASKS = {"classification": "AutoModelForSequenceClassification", "language-modelling": "AutoModelForCausalLM"}
 CALIBRATION = 8  # batches of training data
-THRESHOLD_LR = 0.01
+THRESHOLD_LR, DECAY = 0.01, 0.01
 RECIPE = "recipe.json"
 
 
@@ -74,12 +74,12 @@ def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, 
     model, rows, held, fresh = _load(recipe, tokenizer)
     if recipe.distill and fresh:
         raise ConfigError(f"--distill needs a teacher, but weights of {recipe.model} are new: {', '.join(fresh[:3])}")
-    collate = _collator(tokenizer, model)
+    collate = collator(tokenizer, model)
     batches = [collate(rows[at : at + recipe.batch]) for at in range(0, len(rows), recipe.batch)][:CALIBRATION]
     calibration = [batch | without_cache(model) for batch in batches]
     objective = Objective(teacher=model if recipe.distill else None, spikes=recipe.spikes)
     qann = prepare(model, calibration, config, objective, progress)
-    _train(qann, recipe, rows, collate, folder, progress)
+    fit(qann, rows, collate, folder, recipe, progress)
     warnings = qann.diagnose(**batches[0])
     qann.eval()
     snn = convert(qann, calibration, progress=progress)
@@ -144,7 +144,7 @@ def _shuffled(rows: list[Example], recipe: Recipe) -> list[Example]:
     return [rows[at] for at in order]
 
 
-def _collator(tokenizer: Any, model: nn.Module) -> Any:
+def collator(tokenizer: Any, model: nn.Module) -> Any:
     from transformers import DataCollatorWithPadding
 
     padded = DataCollatorWithPadding(tokenizer)
@@ -157,9 +157,15 @@ def _batches(collate: Any, rows: list[Example], size: int) -> Iterator[dict[str,
         yield collate(rows[at : at + size])
 
 
-def _train(
-    qann: ClippedModel, recipe: Recipe, rows: list[Example], collate: Any, folder: Path, progress: Progress
+def fit(
+    model: nn.Module,
+    rows: list[Example],
+    collate: Any,
+    folder: Path,
+    recipe: Recipe,
+    progress: Progress,
 ) -> None:
+    """Train a model, or a network of stage I with its thresholds, on rows; go on where `folder` says it was."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -173,7 +179,9 @@ def _train(
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch,
         learning_rate=recipe.lr,
+        weight_decay=DECAY,
         warmup_steps=round(0.06 * steps),
+        train_sampling_strategy="group_by_length" if "input_ids" in rows[0] else "random",
         save_steps=max(1, min(100, round(steps / 10))),
         save_total_limit=2,
         seed=recipe.seed,
@@ -181,9 +189,11 @@ def _train(
         disable_tqdm=True,
         logging_strategy="no",
     )
-    optimizer = torch.optim.AdamW(qann.parameter_groups(recipe.lr, THRESHOLD_LR, weight_decay=0.01))
+    optimizer = None
+    if isinstance(model, ClippedModel):
+        optimizer = torch.optim.AdamW(model.parameter_groups(recipe.lr, THRESHOLD_LR, DECAY))
     trainer = Trainer(
-        qann,
+        model,
         arguments,
         data_collator=collate,
         train_dataset=rows,

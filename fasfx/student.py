@@ -102,9 +102,10 @@ class Student:
         return {site: torch.stack([one[site] for one in found]).mean() for site in found[0]}
 
     @torch.no_grad()
-    def search(self, batches: list[Taught]) -> None:
+    def search(self, batches: list[Taught], least: float) -> None:
         """Closed form: every threshold becomes the best of FACTORS times itself, by squared error to the teacher.
 
+        Those whose error falls by less than the share `least` stay.
         Neurons are run on the currents that the network gives them now; changes elsewhere are not foreseen.
         """
         errors: dict[str, Tensor] = {}
@@ -115,10 +116,11 @@ class Student:
                 gaps = (self._neuron(site, us, factor) - batch.values[site] for factor in FACTORS)
                 found = torch.stack([gap.square().sum_to_size(shape) for gap in gaps])
                 errors[site] = errors.get(site, 0.0) + found
-        factors = torch.tensor(FACTORS)
+        factors, same = torch.tensor(FACTORS), FACTORS.index(1.0)
         for site, found in errors.items():
             scale = attribute(self.program, f"theta_{site}{LOG_SCALE}")
-            scale.add_(factors.to(scale)[found.argmin(0)].log())
+            worth = found.amin(0) < (1 - least) * found[same]
+            scale.add_(torch.where(worth, factors.to(scale)[found.argmin(0)].log(), 0.0))
 
     def _currents(self, batch: Taught) -> dict[str, list[Tensor]]:
         """Site -> its neuron's input in every tick, in units of its threshold."""

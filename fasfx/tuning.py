@@ -32,10 +32,11 @@ from fasfx.student import Student, Taught, Tensors
 
 STAGES: dict[str, Callable[[GraphModule], Shapes]] = {"layer": per_layer, "neuron": per_channel}
 HELD_OUT = 0.2  # share of the batches that gradients do not see
-PATIENCE = 2  # epochs without progress on the held-out batches in a row
+PATIENCE = 3  # epochs without progress on the held-out batches in a row
 SLOWER = 0.3  # what an epoch without progress makes of the steps
 LR = 0.01  # Adam's step of the logarithm of a threshold
 LR_POTENTIAL = 0.02  # Adam's step of an initial potential, in units of the root of its site's mean squared error
+LEAST = (0.0, 0.1, 0.3)  # how much a threshold must lower its site's own error to be changed in closed form
 SHARES = (1.0, 0.5, 0.25)  # of the mean error that the closed form may take up; errors add up along the network
 
 
@@ -177,12 +178,15 @@ class _Stage:
         """Measure, then thresholds and means in closed form, as far as they help."""
         _, self._first = self._student.measure(self._held)
         self._keep()
-        self._student.search(self._seen)
-        self._keep()
+        self._try(lambda least: self._student.search(self._seen, least), LEAST)
+        self._try(lambda share: self._student.match_means(self._seen, share), SHARES)
+
+    def _try(self, change: Callable[[float], None], strengths: Sequence[float]) -> None:
+        """The first strength of a change that helps; none if none does."""
         start = self._state
-        for share in SHARES:
+        for strength in strengths:
             self._student.load(start)
-            self._student.match_means(self._seen, share)
+            change(strength)
             if self._keep():
                 break
         self._student.load(self._state)

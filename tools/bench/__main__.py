@@ -16,6 +16,7 @@ from fasfx.tools.bench.tables import Table, as_json, markdown, missed
 
 # name: what it measures; the module of that name holds PARTS
 BENCHES = {
+    "fas": "stage I and II: accuracy, error, spikes and energy by T",
     "foundation": "fidelity, parity with ONNX Runtime, families, cost, conversion",
     "spiking": "neuron groups beside float functions: error, coverage, spikes, perplexity, cost",
     "ticks": "the synchronous schedule: error and spikes by tick, perplexity, cost of a tick",

@@ -1,0 +1,113 @@
+"""Networks that the benchmark trains, once: kept by the hash of everything that makes them what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+import fasfx
+from fasfx.calibration import without_cache
+from fasfx.finetuning import Recipe, fit
+from fasfx.tools.bench.tasks import TASKS, Task
+from fasfx.tuning import tune
+
+CALIBRATION, TUNING = 8, 20  # batches of training rows
+BATCH, BLOCKS = 32, 8  # rows of a batch: of texts or images, of blocks of language
+DISTILLATION = 2.0  # temperature
+
+
+class Kept(NamedTuple):
+    """A network and the seconds that making it took, whenever that was."""
+
+    model: Any
+    seconds: float
+
+
+def folder_of(recipe: dict[str, Any]) -> Path:
+    """Where what a recipe makes is kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasfx" / "trained"
+    return cache / hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def original(name: str, seed: int, epochs: float, lr: float) -> Kept:
+    """The task's model, fine-tuned as it is."""
+    task = TASKS[name]()
+    recipe = _recipe(task, name, seed, epochs, lr, distill=False)
+    model = task.model(seed)
+    return _weights(model, {"original": asdict(recipe)}, lambda at: _fit(model, task, recipe, at))
+
+
+def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.SpikeConfig, teacher: nn.Module,
+              spikes: float = 0.0, of: Any = None) -> Kept:  # fmt: skip
+    """The teacher, trained on with the values that spikes will carry, distilled from itself.
+
+    of: what made the teacher.
+    """
+    task = TASKS[name]()
+    recipe = _recipe(task, name, seed, epochs, lr, distill=True, spikes=spikes)
+    aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
+    batches = task.inputs(task.train[: CALIBRATION * recipe.batch], recipe.batch)
+    qann = fasfx.prepare(teacher, [batch | without_cache(teacher) for batch in batches], config, aim)
+    every = {"stage I": asdict(recipe), "config": asdict(config), "of": of, "T": DISTILLATION}
+    return _weights(qann, every, lambda at: _fit(qann, task, recipe, at))
+
+
+def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int = TUNING) -> Kept:
+    """A spiking network after stage II, at its own T."""
+    task, recipe = TASKS[name](), {"stage II": of, "config": asdict(snn.spike_config), "stages": stages, "n": batches}
+    folder = folder_of(recipe)
+    if not (folder / "network").exists():
+        size = BATCH if task.score == "accuracy" else BLOCKS
+        start = time.perf_counter()
+        found = tune(snn, task.inputs(task.train[-batches * size :], size), stages, folder=folder, progress=_report)
+        found.save_pretrained(folder / "network")
+        _note(folder, recipe, start)
+    return Kept(fasfx.SpikingModel.from_pretrained(folder / "network"), _seconds(folder))
+
+
+def _recipe(task: Task, name: str, seed: int, epochs: float, lr: float, distill: bool, spikes: float = 0.0) -> Recipe:
+    size = BATCH if task.score == "accuracy" else BLOCKS
+    return Recipe(task.name, name, name, None, epochs, lr, 0, size, distill, spikes, seed)
+
+
+def _fit(model: nn.Module, task: Task, recipe: Recipe, folder: Path) -> None:
+    fit(model, task.train, task.collate, folder, recipe, _report)
+
+
+def _weights(model: nn.Module, recipe: dict[str, Any], train: Callable[[Path], None]) -> Kept:
+    """The model with the weights of a recipe: read where they are kept, else trained, resumed after a kill."""
+    folder = folder_of(recipe)
+    if not (folder / "model.safetensors").exists():
+        start = time.perf_counter()
+        train(folder / "training")
+        save_model(model, str(folder / "beside.safetensors"))
+        (folder / "beside.safetensors").rename(folder / "model.safetensors")
+        _note(folder, recipe, start)
+        shutil.rmtree(folder / "training")
+    load_model(model, folder / "model.safetensors")
+    return Kept(model.eval(), _seconds(folder))
+
+
+def _note(folder: Path, recipe: dict[str, Any], start: float) -> None:
+    record = {"recipe": recipe, "seconds": time.perf_counter() - start}
+    (folder / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _seconds(folder: Path) -> float:
+    return float(json.loads((folder / "record.json").read_text(encoding="utf-8"))["seconds"])
+
+
+def _report(stage: str, done: int, total: int | None) -> None:
+    if total is None or done == total or done % 50 == 0:
+        print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
