@@ -145,6 +145,7 @@ def _shuffled(rows: list[Example], recipe: Recipe) -> list[Example]:
 
 
 def collator(tokenizer: Any, model: nn.Module) -> Any:
+    """Rows -> a padded batch of what the model takes, labels among it."""
     from transformers import DataCollatorWithPadding
 
     padded = DataCollatorWithPadding(tokenizer)

@@ -62,8 +62,8 @@ def tune(
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs.
     folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended.
     Loss:     mean over sites of |x_T - q|^2 / |q|^2 (x_T: the running estimate after tick T; q: what the site transmits
-              in the network that stage I trained, or the original's value where nothing was trained), plus the terms
-              above. Gradients flow through the ticks; the held-out alignment never ends higher than it began, unless
+              in the network that stage I trained, in closed form at the larger of its T and this one, or the original's
+              value where nothing was trained), plus the terms above. Gradients flow through the ticks; the held-out alignment never ends higher than it began, unless
               `spikes` asks for that.
     Returns a network whose `.tuning` has every site's error before and after each stage.
     Raises ConfigError for a sequential network or an unknown stage, CalibrationError for fewer than two batches.
@@ -119,12 +119,12 @@ def _taught(
 
 
 def _first_teacher(ranged: GraphModule) -> GraphModule:
-    """The network that stage I trained, at the T it was trained with; the original where nothing was trained."""
+    """What stage I trained, at the T it was trained with or the larger one of now; else the original."""
     program = copy_program(ranged)
     of = facts(program)
     if of.trained is None:
         return program
-    of.config = of.config.replace(timesteps=of.trained)
+    of.config = of.config.replace(timesteps=max(of.trained, of.config.timesteps))
     of.sites = {n: dataclasses.replace(site, tuned=None, initial=None) for n, site in of.sites.items()}
     return Runner([Clip()]).run(program)
 

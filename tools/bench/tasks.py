@@ -110,7 +110,7 @@ def _small_vit(seed: int) -> nn.Module:
         "num_attention_heads": 4,
         "intermediate_size": 192,
     }
-    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **size))
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, **size))  # type: ignore[no-any-return]
 
 
 def _texts(name: str, train: Labelled, test: Labelled) -> Task:
