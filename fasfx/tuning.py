@@ -61,10 +61,10 @@ def tune(
     spikes:   weight of spikes per value, mean over the sites: asks for fewer.
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs.
     folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended.
-    Loss:     mean over sites of |x_T - q|^2 / |q|^2 (x_T: the running estimate after tick T; q: what the site transmits
-              in the network that stage I trained, in closed form at the larger of its T and this one, or the original's
-              value where nothing was trained), plus the terms above. Gradients flow through the ticks; the held-out alignment never ends higher than it began, unless
-              `spikes` asks for that.
+    Loss:     mean over sites of |x_T - q|^2 / |q|^2, plus the terms above. x_T is the running estimate after tick T;
+              q what the site transmits in the network that stage I trained, in closed form at the larger of its T and
+              this one, or the original's value where nothing was trained. Gradients flow through the ticks; the
+              held-out alignment never ends higher than it began, unless `spikes` asks for that.
     Returns a network whose `.tuning` has every site's error before and after each stage.
     Raises ConfigError for a sequential network or an unknown stage, CalibrationError for fewer than two batches.
     """

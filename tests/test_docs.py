@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,19 @@ def test_relative_links_resolve(page: Path) -> None:
     targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose)]
     local = [target for target in targets if target and "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text("utf-8"), re.M | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    tuning = names["tuned"].tuning
+    assert names["snn"].coverage.spike_driven_macs == 1.0
+    assert tuning["neuron"].mean() <= tuning["layer"].mean() <= tuning["before"].mean()
+    assert names["tuned"].timesteps == 4
+    assert (names["spiking"] == names["labels"]).float().mean() > 0.5  # of eight topics
+    assert (names["spiking"] == names["deployed"]).all()
 
 
 def test_readme_starts_with_two_self_contained_lines() -> None:
