@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,11 @@ from fasfx.model import SpikingModel
 from fasfx.program import facts
 from fasfx.ranging import Progress, calibrate, observe_again
 from fasfx.training import ClippedModel
+
+REPLACED = (
+    'activation="replace" puts QCFS in the place of activation functions: another network, until it is trained '
+    '(fasfx.prepare); activation="keep" needs no training'
+)
 
 
 def convert(
@@ -39,7 +45,10 @@ def convert(
     if isinstance(model, ClippedModel):
         ranged = _trained(model, calibration, config, progress)
     else:
-        ranged = calibrate(model, calibration, config or SpikeConfig(), progress)
+        wanted = config or SpikeConfig()
+        if wanted.activation == "replace":
+            warnings.warn(REPLACED, stacklevel=2)
+        ranged = calibrate(model, calibration, wanted, progress)
     return SpikingModel(ranged, getattr(model, "config", None), after)
 
 

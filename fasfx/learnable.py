@@ -27,25 +27,27 @@ def per_layer(gm: GraphModule) -> Shapes:
 
 
 def per_channel(gm: GraphModule) -> Shapes:
-    """A factor for every channel of a site, but one for channels that a product of two spiking values sums over.
-
-    There only the product of both thresholds would have to be the same everywhere to leave the sum.
-    """
-    summed = _summed_dims(gm)
-    shapes: Shapes = {}
-    for site, shape in ((site, facts(gm).sites[site].peak.shape) for site in neurons(gm)):  # type: ignore[union-attr]
-        shapes[site] = tuple(1 if d - len(shape) in summed.get(site, set()) else n for d, n in enumerate(shape))
-    return shapes
+    """A factor for every channel of a site, as far as `_leaving_sums` allows."""
+    peaks = {site: facts(gm).sites[site].peak for site in neurons(gm)}
+    return _leaving_sums(gm, {site: tuple(peak.shape) for site, peak in peaks.items() if peak is not None})
 
 
 def as_stored(gm: GraphModule) -> Shapes:
-    """A factor for every element of a stored threshold, as far as `per_channel` allows."""
+    """A factor for every element of a stored threshold, as far as `_leaving_sums` allows."""
+    stored = {site: attribute(gm, str(node.args[1].target)) for site, node in neurons(gm).items()}  # type: ignore[union-attr]
+    return _leaving_sums(gm, {site: tuple(theta.shape) for site, theta in stored.items()})
+
+
+def _leaving_sums(gm: GraphModule, shapes: Shapes) -> Shapes:
+    """One factor for all channels that a product of two spiking values sums over.
+
+    The product of both thresholds has to be the same for all of them, or it does not leave the sum.
+    """
     summed = _summed_dims(gm)
-    shapes: Shapes = {}
-    for site, node in neurons(gm).items():
-        shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-        shapes[site] = tuple(1 if d - len(shape) in summed.get(site, set()) else n for d, n in enumerate(shape))
-    return shapes
+    return {
+        site: tuple(1 if d - len(shape) in summed.get(site, set()) else n for d, n in enumerate(shape))
+        for site, shape in shapes.items()
+    }
 
 
 def _summed_dims(gm: GraphModule) -> dict[str, set[int]]:

@@ -26,7 +26,7 @@ from strategies import (
 from torch import Tensor
 
 from fasfx.config import MAX_LEVELS, MAX_RADIX_STEPS, SpikeConfig
-from fasfx.ops import CODES, count, fire, qcfs
+from fasfx.ops import CODES, count, fire, qcfs, tick
 
 ROUNDING = 4 * torch.finfo(torch.float64).eps  # of x N / theta and back, relative to theta
 # Exported together: every code at few and many steps, both signs.
@@ -310,6 +310,76 @@ def test_threshold_per_channel_broadcasts(data: st.DataObject, neuron: Neuron, t
             assert torch.equal(together[:, channel], form(neuron, x[:, channel], theta_3[channel]))
 
 
+# --- initial potential -----------------------------------------------------------------------------------
+
+
+def potentials(neuron: Neuron) -> st.SearchStrategy[float]:
+    """In counts of the value sent, eighths: a rate neuron spreads its potential over its steps."""
+    return st.integers(-16, 16).map(lambda eighths: eighths / 8)
+
+
+def spread(neuron: Neuron) -> int:
+    """Potential that amounts to one unit of constant input."""
+    return neuron.steps if neuron.code == "rate" else 1
+
+
+@given(st.data(), neurons(), st.sampled_from(DTYPES), powers_of_two())
+def test_a_potential_is_added_before_rounding(
+    data: st.DataObject, neuron: Neuron, dtype: torch.dtype, unit: float
+) -> None:
+    """Stepwise and closed form give the same counts, those of an input that is larger by the potential's share."""
+    u, added = data.draw(count_values(neuron, dtype)), data.draw(potentials(neuron))
+    initial, theta = (torch.tensor(x * unit, dtype=dtype) for x in (added * spread(neuron), neuron.top))
+    wanted = [neuron.reference(value) * unit for value in (u + added).tolist()]
+    for form in (fire.op, qcfs.op):
+        assert form(u * unit, theta, *neuron.args, initial).tolist() == wanted
+        assert form(u * unit, theta, *neuron.args, 0 * initial).tolist() == form(u * unit, theta, *neuron.args).tolist()
+
+
+@given(st.data(), neurons(("rate",)), powers_of_two())
+def test_a_rate_neuron_sends_initial_over_theta_spikes_more(data: st.DataObject, neuron: Neuron, unit: float) -> None:
+    """n = clip(floor(x T / theta + initial / theta + 1/2), -T or 0, T)"""
+    u, added = data.draw(count_values(neuron)), data.draw(potentials(neuron))
+    x, theta = u * unit, neuron.steps * unit
+    n = (u + added + 0.5).floor().clamp(neuron.low, neuron.steps)
+    for form in (fire.op, qcfs.op):
+        sent = form(x, torch.tensor(theta).double(), *neuron.args, torch.tensor(added * theta).double())
+        assert (sent * neuron.steps / theta).tolist() == n.tolist()
+
+
+@given(st.data(), st.sampled_from(("multi", "rate")), st.integers(1, 12), st.integers(1, 20), st.booleans())
+def test_a_tick_neuron_has_sent_the_same_after_t_ticks(
+    data: st.DataObject, code: str, steps: int, levels: int, signed: bool
+) -> None:
+    """A rate neuron adds initial / theta / t to its input in tick t. Its values are never negative where unsigned."""
+    neuron, rate = Neuron(code, steps, levels, signed), code == "rate"
+    added = data.draw(potentials(neuron))
+    if rate:
+        low = -64 if signed else 0
+        values = [i / 64 for i in data.draw(st.lists(st.integers(low, 64), min_size=1))]
+        u = torch.tensor(values, dtype=torch.float64) * steps
+        added = added if signed else max(added, -0.5)
+    else:
+        u = data.draw(count_values(neuron))
+    sent = torch.zeros_like(u)
+    for number in range(1, steps + 1):
+        given_now = u / steps + added / number if rate else 2 * (u + added)
+        sent = tick.op(given_now, sent, torch.tensor(number), code, levels, signed)
+    theta, initial = torch.tensor(float(neuron.top)).double(), torch.tensor(added * spread(neuron)).double()
+    assert (sent / (1 if rate else 2)).tolist() == fire.op(u, theta, *neuron.args, initial).tolist()
+
+
+@given(st.data(), neurons())
+def test_a_potential_per_channel_broadcasts(data: st.DataObject, neuron: Neuron) -> None:
+    x = data.draw(count_values(neuron)).repeat(3, 1).T  # [values, 3]
+    theta = torch.tensor(float(neuron.top), dtype=torch.float64)
+    initial = torch.tensor([data.draw(potentials(neuron)) * spread(neuron) for _ in range(3)], dtype=torch.float64)
+    for form in (fire.op, qcfs.op):
+        together = form(x, theta, *neuron.args, initial)
+        for channel in range(3):
+            assert torch.equal(together[:, channel], form(x[:, channel], theta, *neuron.args, initial[channel]))
+
+
 # --- gradients -------------------------------------------------------------------------------------------
 
 
@@ -333,6 +403,31 @@ def test_qcfs_gradients_are_those_of_lsq(data: st.DataObject, neuron: Neuron, th
     assert torch.allclose(x.grad, weight * inside, rtol=ROUNDING, atol=0)
     scale = float((weight * (y.detach().abs() + x.detach().abs())).sum()) / theta
     assert abs(float(parameter.grad - (weight * wanted).sum())) <= len(x) * ROUNDING * scale
+
+
+@pytest.mark.parametrize("form", [qcfs.op, fire.op], ids=["qcfs", "fire"])
+@pytest.mark.parametrize("neuron", ONE_PER_CODE, ids=lambda n: n.code)
+def test_below_the_range_of_an_unsigned_neuron_there_is_nothing_to_learn(form: Any, neuron: Neuron) -> None:
+    x = torch.tensor([-2.0, -0.1], dtype=torch.float64, requires_grad=True)
+    theta = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    unsigned = Neuron(neuron.code, neuron.steps, neuron.levels, False)
+    form(x, theta, *unsigned.args).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [0.0, 0.0]
+    assert theta.grad is not None and float(theta.grad) == 0.0
+
+
+@pytest.mark.parametrize("form", [qcfs.op, fire.op], ids=["qcfs", "fire"])
+@pytest.mark.parametrize("neuron", ONE_PER_CODE, ids=lambda n: n.code)
+def test_gradient_of_a_potential_is_its_share_inside_the_range(form: Any, neuron: Neuron) -> None:
+    theta, weight = torch.tensor(1.0).double().requires_grad_(), torch.tensor([1.0, 2.0, 4.0, 8.0]).double()
+    x = torch.tensor([-2.0, -0.4, 0.3, 2.0], dtype=torch.float64)
+    initial = torch.tensor(0.1 * spread(neuron), dtype=torch.float64, requires_grad=True)
+    y = form(x, theta, *neuron.args, initial)
+    (y * weight).sum().backward()
+    assert initial.grad is not None and theta.grad is not None
+    assert float(initial.grad) == pytest.approx(6.0 / spread(neuron), rel=ROUNDING)
+    rounding = y.detach() - torch.where(x.abs() < 1, x + 0.1, 0.0)
+    assert float(theta.grad) == pytest.approx(float((weight * rounding).sum()), rel=1e-12)
 
 
 @given(st.data(), neurons(), powers_of_two())
