@@ -109,11 +109,12 @@ class Student:
         Neurons are run on the currents that the network gives them now; changes elsewhere are not foreseen.
         """
         errors: dict[str, Tensor] = {}
+        theta = learned_thresholds(self.program)
         for batch in batches:
             currents = self._currents(batch)
             for site, us in currents.items():
                 shape = attribute(self.program, f"theta_{site}{LOG_SCALE}").shape
-                gaps = (self._neuron(site, us, factor) - batch.values[site] for factor in FACTORS)
+                gaps = (self._neuron(site, us, theta[site], factor) - batch.values[site] for factor in FACTORS)
                 found = torch.stack([gap.square().sum_to_size(shape) for gap in gaps])
                 errors[site] = errors.get(site, 0.0) + found
         factors, same = torch.tensor(FACTORS), FACTORS.index(1.0)
@@ -133,16 +134,15 @@ class Student:
                 found.setdefault(site, []).append(current)
         return found
 
-    def _neuron(self, site: str, currents: list[Tensor], factor: float) -> Tensor:
-        """What the site transmits after the last tick if its threshold is `factor` times what it is."""
+    def _neuron(self, site: str, currents: list[Tensor], theta: Tensor, factor: float) -> Tensor:
+        """What the site transmits after the last tick if its threshold is `factor` times theta, what it is now."""
         of, config = facts(self.program).sites[site], facts(self.program).config
         row, (_, steps, levels) = tick.ticking(config.code), config.neuron(of.population)
         sent = torch.zeros_like(currents[0])
         for number, current in enumerate(currents, 1):
             for _ in range(steps // config.timesteps):
                 sent = row.tick(current / factor, sent, torch.tensor(number), levels, of.signed)
-        theta = learned_thresholds(self.program)[site] * factor
-        return sent * (theta / config.unit(steps)) / (len(currents) if row.averages else 1)
+        return sent * (theta * factor / config.unit(steps)) / (len(currents) if row.averages else 1)
 
     @torch.no_grad()
     def match_means(self, batches: list[Taught], share: float) -> None:

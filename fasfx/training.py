@@ -105,7 +105,8 @@ class ClippedModel(nn.Module):
         """The output of the original's forward, computed from clipped values, with `loss` where labels are given.
 
         In train mode with a teacher or a weight on spikes, `loss` is the whole objective.
-        Raises InputError naming a missing, unknown or ill-typed input, and for labels of a model without a loss.
+        Raises InputError naming a missing, unknown or ill-typed input, and for labels of a model without a loss;
+        ConfigError for activation checkpointing with a teacher or a weight on spikes.
         """
         items = kwargs.pop("num_items_in_batch", None)
         targets = {name: v for name in self._labels if (v := kwargs.get(name)) is not None}
@@ -114,6 +115,8 @@ class ClippedModel(nn.Module):
         if not with_terms:
             output = self._run(inputs)
             return _with_loss(output, self._task_loss(output, targets, items)) if targets else output
+        if self._recompute:
+            raise ConfigError("activation checkpointing does not go with a teacher or a weight on spikes: turn one off")
         recorder = Recorder(self._programs[1], spikes=self.objective.spikes > 0)
         output = recorder.run(*inputs.values())
         loss = self.objective.task * self._task_loss(output, targets, items) if targets else torch.zeros(())
