@@ -77,10 +77,13 @@ def relative_errors(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
 def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of logits [..., classes] in nats per position, times temperature^2 (Hinton et al., 2015).
 
+    Of a single number (regression) the squared error over the teacher's square.
     mask: 0 where a position does not count; ignored where its shape is not that of the positions.
     """
     if mask is not None and mask.shape == student.shape[:-1]:
         student, teacher = student[mask.bool()], teacher[mask.bool()]
+    if student.shape[-1] == 1:
+        return relative_errors({"": student}, {"": teacher})[""]
     of, to = (F.log_softmax(x.flatten(0, -2).float() / temperature, -1) for x in (student, teacher.detach()))
     return F.kl_div(of, to, reduction="batchmean", log_target=True) * temperature**2
 

@@ -37,7 +37,7 @@ def attention_to_products(gm: GraphModule, node: Node) -> None:
             scores = aten.where.ScalarOther(_causal(q, k), scores, -math.inf)
         weights = aten.softmax.int(scores, -1)
         if given.get("dropout_p"):
-            weights = aten.dropout.default(weights, given["dropout_p"], True)
+            weights = aten.dropout.default(weights, given["dropout_p"], False)  # `set_dropout` switches it on
         return aten.matmul.default(weights, values)
 
     replace(gm, node, build)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from fasfx.levels import is_skipped
-from fasfx.program import add_tensor, arg, arguments, attribute
+from fasfx.program import add_tensor, arg, arguments, attribute, facts
 from fasfx.synapses import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 aten = torch.ops.aten
@@ -26,6 +28,9 @@ def fold_batch_norms(gm: GraphModule) -> bool:
         parts = zip(("weight", "bias"), fused, strict=True)
         conv.args = (conv.args[0], *(add_tensor(gm, f"{conv.name}_{k}", v, conv) for k, v in parts), *conv.args[3:])
         node.replace_all_uses_with(conv)
+        sites = facts(gm).sites
+        if node.name in sites:
+            sites[conv.name] = dataclasses.replace(sites.pop(node.name), name=conv.name)
         gm.graph.erase_node(node)
     return bool(found)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
 from fasfx.errors import CaptureError
-from fasfx.program import FACTS, Facts, attribute, facts, fake, set_dropout
+from fasfx.program import FACTS, Facts, attribute, facts, fake, module_path, set_dropout
 
 Inputs = dict[str, Any]
 MAX_REFINEMENTS = 4
@@ -37,17 +38,55 @@ def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig, tra
         raise CaptureError(
             f"{type(model).__name__} cannot be captured without tensor inputs: pass calibration=[{{name: tensor}}]"
         )
-    with evaluating(model, dropout=training), flags_set(model, constants):
-        exported = _export_refining(model, tensors, constants)
+    exported = _exported(model, tensors, constants, training)
+    if training and (random := _random_modules(exported)):
+        warnings.warn(
+            f"trains without what {', '.join(random[:3])} do at random: only dropout can be switched off again",
+            stacklevel=2,
+        )
+        exported = _exported(model, tensors, constants, training, random)
     if any(_mutates(node) or node.target in _DECOMPOSED for node in exported.graph.nodes):
         table = default_decompositions()
         exported = exported.run_decompositions({target: table[target] for target in _DECOMPOSED})
     captured = program(exported.module(check_guards=False), config, constants)
     facts(captured).trainable = training
+    _one_dropout(captured)
     set_dropout(captured, False)
     if training:
         tie(captured, model)
     return captured
+
+
+def _one_dropout(gm: GraphModule) -> None:
+    """Functional graphs spell dropout native_dropout(x, p, train)[0]."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.native_dropout.default):
+        with gm.graph.inserting_before(node):
+            plain = gm.graph.call_function(torch.ops.aten.dropout.default, node.args)
+        for user in list(node.users):
+            plain.meta = dict(user.meta)
+            user.replace_all_uses_with(plain)
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _exported(
+    model: nn.Module, tensors: Inputs, constants: Inputs, training: bool, still: Collection[str] = ()
+) -> ExportedProgram:
+    with evaluating(model, dropout=training, still=still), flags_set(model, constants):
+        return _export_refining(model, tensors, constants)
+
+
+def _random_modules(exported: ExportedProgram) -> list[str]:
+    """Paths of modules that draw random numbers for anything but dropout, such as stochastic depth."""
+    drawn = [
+        node
+        for node in exported.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        and node.target not in (torch.ops.aten.dropout.default, torch.ops.aten.scaled_dot_product_attention.default)
+    ]
+    return sorted({module_path(node) for node in drawn})
 
 
 def program(module: GraphModule, config: SpikeConfig, constants: Inputs) -> GraphModule:
@@ -169,14 +208,15 @@ def flags_set(model: nn.Module, constants: Inputs) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module, dropout: bool = False) -> Iterator[None]:
+def evaluating(model: nn.Module, dropout: bool = False, still: Collection[str] = ()) -> Iterator[None]:
     """The model in eval mode inside, every module's own mode again outside.
 
-    dropout: in train mode instead, but for batch norms, whose statistics stay as they are.
+    dropout: in train mode instead, but for batch norms, whose statistics stay as they are, and the modules `still`.
     """
     modes = {module: module.training for module in model.modules()}
+    stay = {module for name, module in model.named_modules() if name in still}
     for module in modes:
-        module.training = dropout and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+        module.training = dropout and not (isinstance(module, nn.modules.batchnorm._BatchNorm) or module in stay)
     try:
         yield
     finally:

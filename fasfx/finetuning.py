@@ -70,10 +70,10 @@ def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, 
     """
     if importlib.util.find_spec("accelerate") is None:
         raise RuntimeUnavailableError("transformers.Trainer needs accelerate: pip install 'fasfx[train]'")
-    _claim(folder, recipe, config)
     model, rows, held, fresh = _load(recipe, tokenizer)
     if recipe.distill and fresh:
         raise ConfigError(f"--distill needs a teacher, but weights of {recipe.model} are new: {', '.join(fresh[:3])}")
+    _claim(folder, recipe, config)
     collate = collator(tokenizer, model)
     batches = [collate(rows[at : at + recipe.batch]) for at in range(0, len(rows), recipe.batch)][:CALIBRATION]
     calibration = [batch | without_cache(model) for batch in batches]
@@ -113,7 +113,7 @@ def _load(recipe: Recipe, tokenizer: Any) -> tuple[Any, list[Example], list[Exam
         tokenizer.pad_token = tokenizer.eos_token
     if recipe.task == "classification":
         data = read_labelled(Path(recipe.data))
-        classes = data.classes
+        classes = _order_of(recipe.model, data.classes)
         settings |= {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
         settings |= {"label2id": {name: at for at, name in enumerate(classes)}, "ignore_mismatched_sizes": True}
     torch.manual_seed(recipe.seed)
@@ -134,6 +134,17 @@ def _load(recipe: Recipe, tokenizer: Any) -> tuple[Any, list[Example], list[Exam
         other = recipe.evaluation and blocks(tokenizer, read_texts(Path(recipe.evaluation)), recipe.length)
     train, held = (rows, other) if other else split(_shuffled(rows, recipe))
     return model, train, held, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+
+
+def _order_of(model: str, classes: list[str]) -> list[str]:
+    """Classes in the order of a model that knows just these, else as they are."""
+    from transformers import AutoConfig
+
+    try:
+        known = list(AutoConfig.from_pretrained(model).id2label.values())
+    except (OSError, ValueError):
+        return classes  # what is wrong with the model is told when it is loaded
+    return known if sorted(known) == sorted(classes) else classes
 
 
 def _shuffled(rows: list[Example], recipe: Recipe) -> list[Example]:
@@ -182,7 +193,6 @@ def fit(
         learning_rate=recipe.lr,
         weight_decay=DECAY,
         warmup_steps=round(0.06 * steps),
-        train_sampling_strategy="group_by_length" if "input_ids" in rows[0] else "random",
         save_steps=max(1, min(100, round(steps / 10))),
         save_total_limit=2,
         seed=recipe.seed,

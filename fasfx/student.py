@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Student:
         look_up(program)
         tidy(program)
         self.program, self._steps, self._ticks = program, StepGraph(program), facts(program).config.timesteps
-        self._logits, self._spikes = logits, spikes
+        self._logits, self._spikes, self._sites = logits, spikes, frozenset(found)
         # A rate neuron spreads its initial potential over its ticks.
         self._spread = self._ticks if tick.ticking(facts(program).config.code).averages else 1
         self.scales = [p for n, p in program.named_parameters() if n.endswith(LOG_SCALE)]
@@ -112,7 +113,7 @@ class Student:
         theta = learned_thresholds(self.program)
         for batch in batches:
             currents = self._currents(batch)
-            for site, us in currents.items():
+            for site, us in self._learning(currents):
                 shape = attribute(self.program, f"theta_{site}{LOG_SCALE}").shape
                 gaps = (self._neuron(site, us, theta[site], factor) - batch.values[site] for factor in FACTORS)
                 found = torch.stack([gap.square().sum_to_size(shape) for gap in gaps])
@@ -149,7 +150,7 @@ class Student:
         """Closed form: every potential takes up `share` of its site's mean error."""
         gaps: dict[str, list[Tensor]] = {}
         for batch in batches:
-            for site, value in self.run(batch)[0].items():
+            for site, value in self._learning(self.run(batch)[0]):
                 shape = attribute(self.program, f"potential_{site}{SHARE}").shape
                 gap = (batch.values[site] - value) * self._spread
                 gaps.setdefault(site, []).append(gap.sum_to_size(shape) * (math.prod(shape) / gap.numel()))
@@ -163,10 +164,14 @@ class Student:
         """Potentials are learned in units of the root of their site's mean squared error."""
         squares: dict[str, list[Tensor]] = {}
         for batch in batches:
-            for site, value in self.run(batch)[0].items():
+            for site, value in self._learning(self.run(batch)[0]):
                 squares.setdefault(site, []).append((value - batch.values[site]).square().mean())
         for site, found in squares.items():
             self._unit(site).copy_(torch.stack(found).mean().sqrt() * self._spread).clamp_(min=TINY)
+
+    def _learning(self, by_site: dict[str, Any]) -> list[tuple[str, Any]]:
+        """Those that can learn: a threshold computed row by row cannot."""
+        return [(site, value) for site, value in by_site.items() if site in self._sites]
 
     def _unit(self, site: str) -> Tensor:
         return attribute(self.program, f"potential_{site}{UNIT}")  # type: ignore[no-any-return]

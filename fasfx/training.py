@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,11 @@ from fasfx.passes import Clip
 from fasfx.program import copy_program, facts, set_attribute, set_dropout
 from fasfx.ranging import Progress, calibrate
 from fasfx.runner import Runner, tidy
+
+# Fields of a configuration that change nothing about what an evaluated network computes.
+NO_MATTER = (
+    r"drop|label|dtype|^_|problem_type|architectures|version|cache|_token_id|init|return|output|task_specific|gradient"
+)
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,8 @@ class ClippedModel(nn.Module):
         self.config = getattr(original, "config", None)
         self._loss: Callable[..., Tensor] | None = original.loss_function if _has_loss(original) else None  # type: ignore[assignment]
         self._labels = find_labels(type(original)) if is_hugging_face(original) else []
-        self.accepts_loss_kwargs = takes_any(original)  # as transformers.Trainer reads it off the original
-        self.__class__ = _with_signature(type(self), [*input_names(ranged), *self._labels])
+        self._takes_any, self.loss_type = takes_any(original), getattr(original, "loss_type", None)
+        self.__class__ = _like(original, type(self), [*input_names(ranged), *self._labels])
         self.objective = objective or Objective()
         self.train(original.training)
 
@@ -111,8 +117,7 @@ class ClippedModel(nn.Module):
         items = kwargs.pop("num_items_in_batch", None)
         targets = {name: v for name in self._labels if (v := kwargs.get(name)) is not None}
         inputs = self.inputs(kwargs, *args)
-        with_terms = self.training and (self._teacher is not None or self.objective.spikes > 0)
-        if not with_terms:
+        if not (self.training and self._has_terms):
             output = self._run(inputs)
             return _with_loss(output, self._task_loss(output, targets, items)) if targets else output
         if self._recompute:
@@ -159,13 +164,32 @@ class ClippedModel(nn.Module):
     # --- training ----------------------------------------------------------------------------------------
 
     @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss takes the number of labels of all accumulated batches, as transformers.Trainer asks.
+
+        The objective's other terms are means over a batch: with them the Trainer divides by the number of batches.
+        """
+        return self._takes_any and not self._has_terms
+
+    @property
+    def _has_terms(self) -> bool:
+        return self._teacher is not None or self.objective.spikes > 0
+
+    @property
+    def _teacher(self) -> GraphModule | None:
+        return self._teachers[0] if self._teachers else None
+
+    @property
     def objective(self) -> Objective:
         """What training minimises. Setting one with a teacher of another kind raises ConfigError."""
         return self._objective
 
     @objective.setter
     def objective(self, aim: Objective) -> None:
-        self._teacher = None if aim.teacher is None else _teacher(self._programs[0], aim.teacher)
+        # In a tuple: not a submodule, whose weights would be saved with ours.
+        self._teachers = () if aim.teacher is None else (_teacher(self._programs[0], aim.teacher),)
+        if aim.teacher is not None:
+            _require_alike(self.config, getattr(aim.teacher, "config", None))
         self._objective = aim
 
     def train(self, mode: bool = True) -> ClippedModel:
@@ -208,8 +232,11 @@ class ClippedModel(nn.Module):
     def diagnose(self, *args: Any, **kwargs: Any) -> list[str]:
         """What does not learn on this batch, by name: parameters without a gradient, sites that transmit nothing.
 
-        The batch needs labels, or the objective a teacher. Gradients and modes are as they were again afterwards.
+        The batch needs labels, or the objective a teacher: else InputError. Gradients and modes are as they were again
+        afterwards.
         """
+        if not set(kwargs) & set(self._labels) and self._teacher is None:
+            raise InputError(f"nothing to learn from: the batch has no {' or '.join(self._labels) or 'labels'}")
         kept, was = {name: p.grad for name, p in self.named_parameters()}, self.training
         self.zero_grad()
         recorder = Recorder(self._programs[1])
@@ -261,9 +288,24 @@ class _Without:
 
 def _has_loss(model: nn.Module) -> bool:
     """Whether transformers' loss for the model's class is the one its forward computes."""
-    if getattr(model, "loss_type", None):
-        return True
-    return is_hugging_face(model) and "self.loss_function" in inspect.getsource(inspect.unwrap(type(model).forward))
+    if not is_hugging_face(model):
+        return False
+    called = "self.loss_function" in inspect.getsource(inspect.unwrap(type(model).forward))
+    # Encoder-decoders that compute their loss themselves do not shift labels, and transformers' loss does.
+    return called or (
+        bool(getattr(model, "loss_type", None)) and not getattr(model.config, "is_encoder_decoder", False)
+    )
+
+
+def _require_alike(own: Any, other: Any) -> None:
+    """Raise ConfigError where a teacher's configuration makes another function of the same weights."""
+    if own is None or other is None:
+        return
+    a, b = own.to_dict(), other.to_dict()
+    differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not re.search(NO_MATTER, k))
+    if differ:
+        found = ", ".join(f"{key}={b.get(key)!r} instead of {a.get(key)!r}" for key in differ[:3])
+        raise ConfigError(f"the teacher is another network: {found}; pass the model that was prepared, or one like it")
 
 
 def _teacher(ranged: GraphModule, model: nn.Module) -> GraphModule:
@@ -287,8 +329,11 @@ def _with_loss(output: Any, loss: Tensor) -> Any:
     return type(output)(loss=loss, **output)
 
 
-def _with_signature(base: type, names: list[str]) -> Any:
-    """A subclass whose forward tells the names it takes, where transformers.Trainer looks for them."""
+def _like(original: nn.Module, base: type, names: list[str]) -> Any:
+    """A subclass with the original's class name, whose forward tells the names it takes.
+
+    transformers.Trainer reads from both: which columns to keep, what labels are, whether the loss shifts them.
+    """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
@@ -297,4 +342,4 @@ def _with_signature(base: type, names: list[str]) -> Any:
     named = [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names]
     forward.__signature__ = inspect.Signature([kinds("self", kinds.POSITIONAL_OR_KEYWORD), *named])  # type: ignore[attr-defined]
     forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return type(type(original).__name__, (base,), {"forward": forward, "__module__": base.__module__})

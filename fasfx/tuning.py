@@ -6,6 +6,7 @@ Source: FAS, arXiv 2502.04405, stage II (coarse-to-fine calibration).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from fasfx.inputs import bind
 from fasfx.learnable import Shapes, per_channel, per_layer
 from fasfx.model import SpikingModel
 from fasfx.passes import Clip
+from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts
 from fasfx.ranging import Progress
 from fasfx.resuming import Saved
@@ -75,7 +77,16 @@ def tune(
         raise CalibrationError(f"{len(given)} batches: tuning needs two at least, one of them held out")
     taught = _taught(snn, teacher, given, progress)
     held = max(1, round(HELD_OUT * len(taught)))
-    saved = Saved(folder, {"config": repr(snn.spike_config), "stages": [*stages], "logits": logits, "spikes": spikes})
+    saved = Saved(
+        folder,
+        {
+            "work": _fingerprint(ranged, given),
+            "config": repr(snn.spike_config),
+            "stages": [*stages],
+            "logits": logits,
+            "spikes": spikes,
+        },
+    )
     parts = taught[:-held], taught[-held:]
     errors: dict[str, Tensors] = {}
     for stage in stages:
@@ -88,6 +99,14 @@ def tune(
     tuned = SpikingModel(ranged, snn.config)
     saved.done()
     return tuned
+
+
+def _fingerprint(ranged: GraphModule, given: list[Tensors]) -> str:
+    """Tells networks and batches apart: a hash of all thresholds, and of all inputs."""
+    found = hashlib.sha256()
+    for value in [*thresholds(ranged).values(), *(value for inputs in given for value in inputs.values())]:
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _check(snn: SpikingModel, stages: Sequence[str]) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fasfx.errors import CalibrationError
+from fasfx.errors import CalibrationError, ConfigError
 from fasfx.levels import is_skipped, spiking_operands
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
 from fasfx.program import Site, arg, describe, facts, module_path
 from fasfx.runner import Pass
 from fasfx.synapses import (
+    ACTIVATIONS,
     RELAYS,
     SYNAPSES,
     activations,
@@ -100,6 +101,9 @@ def _activation_sites(gm: GraphModule) -> dict[str, Site]:
             channel = tuple(sorted(set.intersection(*shared))) if shared else ()
             signed = not (non_negative(value) or is_replaced(gm, value))
             sites[value.name] = Site(value.name, module_path(value), channel, signed)
+    if not sites:
+        known = ", ".join(sorted(str(target).split(".")[-2] for target in ACTIVATIONS))
+        raise ConfigError(f'coverage="activation" finds none of {known} in the model: use coverage="matmul"')
     return sites
 
 

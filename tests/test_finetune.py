@@ -176,7 +176,7 @@ def test_tune_writes_a_tuned_network_and_prints_its_table(
     assert shown is not None
     means = [100 * float(tuned.tuning[stage].mean()) for stage in ("before", "layer", "neuron")]
     assert [float(share) for share in shown.groups()] == pytest.approx(means, abs=1e-4)
-    assert means[0] > means[1] >= means[2] and f"saved in {result}" in done.stdout
+    assert means[0] >= means[1] >= means[2] and f"saved in {result}" in done.stdout
 
 
 def test_tune_in_place_of_a_sequential_network_at_another_t(place: Path, tmp_path: Path) -> None:

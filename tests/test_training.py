@@ -35,7 +35,7 @@ from fasfx.alignment import Recorder, divergence, relative_errors
 from fasfx.errors import ConfigError, CoverageError, InputError
 from fasfx.learnable import LOG_SCALE, learned_thresholds
 from fasfx.passes.clip import thresholds
-from fasfx.program import facts
+from fasfx.program import copy_program, facts
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -513,13 +513,22 @@ def test_a_weight_on_spikes_makes_fewer_of_them(prepared: fasfx.ClippedModel) ->
     assert spikes(1.0) < 0.8 * spikes(0.0)
 
 
+def test_activation_checkpointing_does_not_go_with_terms_of_inner_values(qann: fasfx.ClippedModel) -> None:
+    qann.activation_checkpointing_enable()
+    qann.objective = fasfx.Objective(spikes=1.0)
+    assert qann.eval()(**text()).loss.isfinite()
+    with pytest.raises(ConfigError, match="activation checkpointing does not go with a teacher or a weight on spikes"):
+        qann.train()(**text())
+
+
 # --- convert ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("code", list(ops.CODES))
-def test_the_spiking_network_computes_what_was_trained(code: str, tmp_path: Path) -> None:
-    config = EXACT.replace(code=code, timesteps=2, levels=4)
-    qann, batch = clipped(classifier().double(), config), inputs(text())
+def test_the_spiking_network_computes_what_was_trained(code: str, prepared: fasfx.ClippedModel, tmp_path: Path) -> None:
+    ranged, batch = copy_program(prepared._programs[0]), inputs(text())
+    facts(ranged).config = facts(ranged).config.replace(code=code)
+    qann = fasfx.ClippedModel(ranged, classifier())
     before = qann(**batch).logits
     move_thresholds(qann)
     expected = qann(**batch).logits
@@ -698,3 +707,57 @@ def test_thresholds_stay_positive_whatever_their_learning_rate(qann: fasfx.Clipp
     end = learned_thresholds(qann._programs[1])
     assert all(bool((end[site] > 0).all()) for site in end)
     assert min(float((end[site] / start[site]).min()) for site in end) < 1e-3  # a step of theta itself had crossed 0
+
+
+# --- read by a stranger --------------------------------------------------------------------------------------
+
+
+class Sometimes(nn.Module):
+    """Stochastic depth: in train mode a layer is left out at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x) * torch.bernoulli(torch.full((len(x), 1), 0.5)) if self.training else x + self.layer(x)
+
+
+def test_what_is_random_and_no_dropout_is_left_out_with_a_warning() -> None:
+    model, x = nn.Sequential(Sometimes(), nn.Dropout(0.5), nn.Linear(8, 3)).eval(), torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="trains without what 0 do at random"):
+        qann = fasfx.prepare(model, [x], EXACT)
+    assert torch.equal(qann(x), qann(x))
+    assert not torch.equal(qann.train()(x), qann(x))  # dropout is still there
+
+
+def test_a_regression_learns_from_its_teacher() -> None:
+    student, teacher = (classifier(seed, num_labels=1) for seed in (0, 1))
+    aim = fasfx.Objective(teacher=teacher, logits=1.0, hidden=0.0)
+    qann = fasfx.prepare(student, [inputs(text())], EXACT, aim).train()
+    wanted = teacher(**inputs(text())).logits
+    found = qann(**inputs(text()))
+    error = (found.logits - wanted).square().sum() / wanted.square().sum()
+    assert float(found.loss) == pytest.approx(float(error), rel=1e-4) and float(error) > 0
+
+
+def test_a_teacher_of_the_same_shapes_but_other_heads_is_refused(qann: fasfx.ClippedModel) -> None:
+    with pytest.raises(ConfigError, match="num_attention_heads=1 instead of 2"):
+        qann.objective = fasfx.Objective(teacher=classifier(num_attention_heads=1).double())
+
+
+def test_diagnose_without_labels_says_so_and_keeps_gradients(qann: fasfx.ClippedModel) -> None:
+    qann(**text()).loss.backward()
+    before = qann.get_parameter("classifier.weight").grad
+    with pytest.raises(InputError, match="nothing to learn from: the batch has no labels"):
+        qann.diagnose(**inputs(text()))
+    assert qann.get_parameter("classifier.weight").grad is before
+
+
+def test_trainer_smooths_and_shifts_labels_as_for_the_original(tmp_path: Path) -> None:
+    model = tiny("llama")
+    batch = tiny_inputs("llama") | {"labels": tiny_inputs("llama")["input_ids"]}
+    fine = fasfx.prepare(model.double(), [inputs(batch) | WITHOUT_CACHE], FINE)
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
+    losses = [float(Trainer(one, arguments).compute_loss(one.eval(), dict(batch))) for one in (model, fine)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -16,11 +16,14 @@ import fasfx
 from fasfx import ops
 from fasfx.alignment import Recorder
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError
+from fasfx.learnable import learned_potentials, per_channel, per_layer
 from fasfx.passes import Clip
 from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts
 from fasfx.resuming import FILE, Saved
 from fasfx.runner import Runner
+from fasfx.student import Student
+from fasfx.tuning import _taught
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 Batch = dict[str, Any]
@@ -212,6 +215,31 @@ def test_every_stage_lowers_the_held_out_error(code: str, of_code: dict[str, Tun
     before, layer, neuron = (float(table[stage].mean()) for stage in ("before", "layer", "neuron"))
     assert layer < 0.95 * before and neuron <= layer
     assert of_code[code].snn.tuning is None
+
+
+@pytest.mark.parametrize("code", TICKING)
+def test_the_closed_forms_help_before_any_gradient(code: str, of_code: dict[str, Tuned]) -> None:
+    snn = of_code[code].snn
+    result = fasfx.tune(snn, batches(), stages=("layer",), epochs=0)
+    assert result.tuning is not None and result.tuning.layer.mean() < 0.95 * result.tuning.before.mean()
+    found, start = learned(result), thresholds(snn.ranged)
+    factors = torch.stack([(found[f"{name}.tuned"] / theta).flatten()[0] for name, theta in start.items()])
+    quarters = 4 * factors.log2()
+    assert torch.allclose(quarters, quarters.round(), atol=1e-4) and bool(quarters.round().any())
+
+
+@pytest.mark.parametrize("shapes", [per_layer, per_channel])
+def test_means_are_matched_by_potentials_of_the_mean_error(shapes: Any, of_code: dict[str, Tuned]) -> None:
+    """Of a rate neuron, times T: over the T ticks its potential then makes up for half of it."""
+    snn = of_code["rate"].snn
+    student, taught = Student(snn.ranged, shapes, 0.0, 0.0), _taught(snn, None, batches(1), None)
+    student.set_units(taught)
+    gaps = {site: taught[0].values[site] - value for site, value in transmitted(snn, batches()[0]).items()}
+    student.match_means(taught, 0.5)
+    for site, found in learned_potentials(student.program).items():
+        gap = gaps[site]
+        mean = gap.sum_to_size(found.shape) * (found.numel() / gap.numel())
+        assert torch.allclose(found, 0.5 * snn.timesteps * mean, rtol=1e-9, atol=1e-12), site
 
 
 @pytest.mark.parametrize("code", TICKING)

@@ -38,12 +38,12 @@ def tick(u: Tensor, sent: Tensor, number: Tensor, levels: int, signed: bool) -> 
 
     A spike of -1 takes back what an earlier input had called for, also where the value itself is never negative.
     """
-    return u.mul(number).sub_(sent).add_(0.5).floor_().clamp_(-1, 1).add_(sent)
+    return (u if signed else u.clamp(min=0)).mul(number).sub_(sent).add_(0.5).floor_().clamp_(-1, 1).add_(sent)
 
 
 def reach(u: Tensor, sent: Tensor, number: Tensor, levels: int, signed: bool) -> Tensor:
     """What tick would send without rounding, for its gradient."""
-    return (u * number - sent).clamp(-1, 1)
+    return ((u if signed else u.clamp(min=0)) * number - sent).clamp(-1, 1)
 
 
 def event(spike: Tensor, levels: int) -> Tensor:

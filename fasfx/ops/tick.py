@@ -66,6 +66,7 @@ def onnx_tick(u: TReal, sent: TReal, number: INT64, code: str, levels: int, sign
 
 
 def _rate(u: Any, sent: Any, number: Any, low: int, top: int, kind: Any) -> Any:
+    u = u if low else onnx.Max(u, onnx_number(0, kind))
     unsent = onnx.Floor(onnx.Add(onnx.Sub(onnx.Mul(u, number), sent), onnx_number(0.5, kind)))
     return onnx.Add(onnx.Clip(unsent, onnx_number(-1, kind), onnx_number(1, kind)), sent)
 
