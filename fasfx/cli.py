@@ -67,17 +67,17 @@ Opset = Annotated[int, typer.Option(help="ONNX operator set, 18 or newer.")]
 Task = Annotated[str, typer.Option(help="classification (.jsonl or .csv with text and label) or language-modelling.")]
 Training = Annotated[Path, typer.Option(help="What to train on.")]
 Evaluation = Annotated[Path | None, typer.Option(help="What to measure on; without it the last tenth of the data.")]
-Epochs = Annotated[float, typer.Option(help="How often the data is gone through.")]
-Rate = Annotated[float, typer.Option(help="Learning rate of the weights.")]
-Length = Annotated[int, typer.Option(help="Tokens of a text or block.")]
-Rows = Annotated[int, typer.Option(help="Texts or blocks of a batch.")]
+Epochs = Annotated[float, typer.Option(min=0.001, help="How often the data is gone through.")]
+Rate = Annotated[float, typer.Option(min=0.0, max=1.0, help="Learning rate of the weights.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens of a text or block.")]
+Rows = Annotated[int, typer.Option(min=1, help="Texts or blocks of a batch.")]
 Distill = Annotated[bool, typer.Option("--distill", help="Also learn from MODEL's own logits and values.")]
-Fewer = Annotated[float, typer.Option(help="Weight of the number of spikes in the loss.")]
-Seed = Annotated[int, typer.Option(help="Of the order of the data, dropout, and new weights.")]
+Fewer = Annotated[float, typer.Option(min=0.0, help="Weight of the number of spikes in the loss.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the order of the data, dropout, and new weights.")]
 Stages = Annotated[str, typer.Option(help="What to tune, in order.")]
 TuneData = Annotated[Path, typer.Option(help=f"Texts to tune on, without labels: {TEXTS}.")]
 TuneOut = Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the result; without it OUT itself.")]
-Rounds = Annotated[int, typer.Option(help="At most so many epochs for each stage.")]
+Rounds = Annotated[int, typer.Option(min=0, help="At most so many epochs for each stage.")]
 
 
 @app.command()
@@ -198,7 +198,7 @@ def tune(
         if snn.schedule != "synchronous":
             say("note", "cyan", f"{out} was sequential; tuning is of the synchronous schedule, which the result has")
             snn.schedule = "synchronous"
-        snn.timesteps = timesteps or snn.timesteps
+        snn.timesteps = snn.timesteps if timesteps is None else timesteps
         tokenizer = tokenizer_beside(str(out))
         if tokenizer is None:
             raise CalibrationError(NO_TOKENIZER.format(out, data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,14 +56,14 @@ def read_labelled(file: Path) -> Labelled:
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, columns) of every line that is not empty."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        whole = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
     if file.suffix == ".csv":
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(io.StringIO(whole, newline=""))
         yield from ((reader.line_num, row) for row in reader)
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole.split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)

@@ -30,8 +30,8 @@ class Saved:
         try:
             found = torch.load(self._file, weights_only=True)
         except Exception as error:
-            raise CheckpointError(f"{self._file} cannot be read ({error}): delete it to begin anew") from error
-        if found["recipe"] != self._recipe:
+            raise CheckpointError(f"{self._file} is damaged: delete it to begin anew") from error
+        if not isinstance(found, dict) or "state" not in found or found.get("recipe") != self._recipe:
             raise CheckpointError(f"{self._file} is the progress of other work: delete it to begin anew")
         return dict(found["state"])
 
