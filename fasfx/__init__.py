@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from fasfx.conversion import convert
     from fasfx.equivalence import Equivalence, check
     from fasfx.model import SpikingModel
+    from fasfx.objective import Objective
     from fasfx.quantizer import SpikeQuantizer
     from fasfx.registration import register_function
-    from fasfx.training import ClippedModel, Objective, prepare
+    from fasfx.training import ClippedModel, prepare
     from fasfx.tuning import tune
 
 __version__ = "0.1.0"
@@ -43,7 +44,7 @@ __all__ = [
 # module in this package: importing the module would put it in the place of the name.
 _HOMES = {
     "ClippedModel": "training",
-    "Objective": "training",
+    "Objective": "objective",
     "prepare": "training",
     "Equivalence": "equivalence",
     "SpikeConfig": "config",

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
 
 from fasfx import ops
-from fasfx.program import facts
+from fasfx.program import arg, facts
 
 TINY = 1e-12
 
@@ -38,7 +38,7 @@ class Recorder(Interpreter):
         if n in self._nodes:
             self.values[self._nodes[n]] = value
         if n.target is ops.tick.op:
-            self.currents.setdefault(str(n.meta["site"]), self.env[n.args[0]])  # type: ignore[index]
+            self.currents.setdefault(str(n.meta["site"]), self.env[arg(n, 0)])
         if self._spikes and n.target in (ops.qcfs.op, ops.tick.op):
             self._count(n)
         return value

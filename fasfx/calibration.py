@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasfx.capture import is_hugging_face, parameters_of, takes_any
+from fasfx.capture import is_hugging_face, labels_of, parameters_of, takes_any
 from fasfx.errors import CalibrationError, InputError
 
 Batch = dict[str, Any]
@@ -48,11 +48,11 @@ def first_and_all(model: nn.Module, calibration: Iterable[Any] | None) -> tuple[
 
 
 def as_batch(model: nn.Module, batch: Any) -> Batch:
-    """A batch as a plain dict of inputs by name."""
+    """A batch as a plain dict of inputs by name, without labels: only a loss reads them."""
     if isinstance(batch, Tensor):
         batch = (batch,)
     if isinstance(batch, Mapping):
-        return dict(batch)
+        return {name: value for name, value in batch.items() if name not in labels_of(model)}
     if isinstance(batch, list | tuple) and all(isinstance(value, Tensor) for value in batch):
         return dict(zip(parameters_of(model), batch, strict=False))
     raise CalibrationError(
@@ -121,7 +121,7 @@ def text_batches(model: nn.Module, tokenizer: Any, texts: list[str], length: int
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     limit = min(length or 512, getattr(model.config, "max_position_embeddings", None) or 512)
-    names = getattr(model, "input_names", None) or parameters_of(model)  # a spiking network's forward takes any
+    names = parameters_of(model)
     batches = []
     for start in range(0, len(texts), NUM_TEXTS_PER_BATCH):
         chunk = texts[start : start + NUM_TEXTS_PER_BATCH]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, default_decompositions
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import GraphModule
+from transformers.utils.generic import find_labels
 
 from fasfx.config import SpikeConfig
 from fasfx.errors import CaptureError
@@ -179,9 +180,16 @@ def at_least_two(value: Tensor) -> Tensor:
 
 
 def parameters_of(model: nn.Module) -> list[str]:
-    """Names of the model's forward arguments, without self and catch-alls."""
+    """Names of the model's forward arguments, without self and catch-alls; of a program, those of its inputs."""
+    if (names := getattr(model, "input_names", None)) is not None:
+        return list(names)
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     return [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind not in kinds]
+
+
+def labels_of(model: nn.Module) -> list[str]:
+    """Names of the forward's arguments that only the loss reads, as transformers.Trainer tells them."""
+    return list(find_labels(type(model))) if is_hugging_face(model) else []
 
 
 def takes_any(model: nn.Module) -> bool:

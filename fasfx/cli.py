@@ -65,7 +65,7 @@ Form = Annotated[str | None, typer.Option(help="Of a synchronous network: loop (
 Opset = Annotated[int, typer.Option(help="ONNX operator set, 18 or newer.")]
 
 Task = Annotated[str, typer.Option(help="classification (.jsonl or .csv with text and label) or language-modelling.")]
-Training = Annotated[Path, typer.Option(help="What to train on.")]
+TrainData = Annotated[Path, typer.Option(help="What to train on.")]
 Evaluation = Annotated[Path | None, typer.Option(help="What to measure on; without it the last tenth of the data.")]
 Epochs = Annotated[float, typer.Option(min=0.001, help="How often the data is gone through.")]
 Rate = Annotated[float, typer.Option(min=0.0, max=1.0, help="Learning rate of the weights.")]
@@ -107,7 +107,8 @@ def convert(
     with quiet():
         import fasfx
         from fasfx.calibration import text_batches, tokenizer_beside
-        from fasfx.folders import check_target, read_texts, save
+        from fasfx.folders import check_target, save
+        from fasfx.text_files import read_texts
 
         config = _config(preset, {"timesteps": timesteps, "code": code, "schedule": schedule, "strict": strict or None})
         texts = read_texts(calibration) if calibration else None
@@ -127,7 +128,7 @@ def finetune(
     model: Model,
     out: Out,
     task: Task,
-    data: Training,
+    data: TrainData,
     evaluation: Evaluation = None,
     epochs: Epochs = 3,
     lr: Rate = 5e-5,
@@ -147,9 +148,10 @@ def finetune(
     """
     with quiet():
         from fasfx.calibration import tokenizer_beside
-        from fasfx.finetuning import TASKS, Recipe, forget
+        from fasfx.finetuning import TASKS, Recipe, Training
         from fasfx.finetuning import finetune as train
         from fasfx.folders import check_target, save
+        from fasfx.resuming import forget
 
         if task not in TASKS:
             raise ConfigError(f"--task {task!r}: choose one of {', '.join(TASKS)}")
@@ -159,7 +161,7 @@ def finetune(
         if tokenizer is None:
             raise CalibrationError(NO_TOKENIZER.format(model, data))
         other = None if evaluation is None else str(evaluation)
-        recipe = Recipe(model, task, str(data), other, epochs, lr, length, batch, distill, spikes, seed)
+        recipe = Recipe(model, task, str(data), other, length, distill, spikes, Training(epochs, lr, batch, seed))
         kept = out.with_name(f"{out.name}.training")
         with progress() as report:
             found = train(recipe, config, tokenizer, kept, report)
@@ -189,7 +191,9 @@ def tune(
     with quiet():
         import fasfx
         from fasfx.calibration import text_batches, tokenizer_beside
-        from fasfx.folders import check_target, read_texts, save
+        from fasfx.folders import check_target, save
+        from fasfx.resuming import forget
+        from fasfx.text_files import read_texts
 
         texts, target = read_texts(data), result or out
         snn = fasfx.SpikingModel.from_pretrained(out)
@@ -207,6 +211,7 @@ def tune(
         with progress() as report:
             tuned = fasfx.tune(snn, batches, _words(stages), spikes=spikes, epochs=epochs, folder=kept, progress=report)
         save(tuned, tokenizer, target)
+        forget(kept)
     assert tuned.tuning is not None
     tuning(tuned.tuning, f"Error of every site on held-out texts, T = {tuned.timesteps}")
     show(f"saved in {target}")
@@ -226,7 +231,7 @@ def check(
     """Measure how far the spiking network OUT is from MODEL, for several T."""
     with quiet():
         import fasfx
-        from fasfx.folders import read_texts
+        from fasfx.text_files import read_texts
 
         steps = _numbers(timesteps)
         texts = read_texts(data) if data else None

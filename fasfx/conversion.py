@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from fasfx.calibration import as_batch
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.model import SpikingModel
@@ -64,4 +65,4 @@ def _trained(
         )
     if calibration is None:
         return ranged
-    return observe_again(ranged, (model.inputs(batch) for batch in calibration), progress)
+    return observe_again(ranged, (model.inputs(as_batch(model, batch)) for batch in calibration), progress)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fasfx.errors import DataError
+from fasfx.text_files import read_rows
 
 Example = dict[str, Any]
 EXAMPLE = 'every example needs "text" and "label", a name or a whole number'
@@ -38,7 +35,7 @@ def read_labelled(file: Path) -> Labelled:
     if file.suffix not in (".jsonl", ".csv"):
         raise DataError(f"{file}: labelled texts are read from .jsonl or .csv files")
     texts, labels = [], []
-    for number, row in _rows(file):
+    for number, row in read_rows(file):
         text, label = row.get("text"), row.get("label")
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{file}, line {number}: no text; {EXAMPLE}")
@@ -51,27 +48,6 @@ def read_labelled(file: Path) -> Labelled:
         what = f"one class only, {found.classes[0]!r}" if texts else "no examples"
         raise DataError(f"{file} holds {what}: classification needs examples of two classes at least")
     return found
-
-
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, columns) of every line that is not empty."""
-    try:
-        whole = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
-    if file.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(whole, newline=""))
-        yield from ((reader.line_num, row) for row in reader)
-        return
-    for number, line in enumerate(whole.split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{file}, line {number}: no object; {EXAMPLE}")
-            yield number, row
 
 
 def examples(tokenizer: Any, data: Labelled, classes: list[str], length: int, names: list[str]) -> list[Example]:

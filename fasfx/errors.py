@@ -24,7 +24,7 @@ class CalibrationError(FasfxError, ValueError):
 
 
 class DataError(FasfxError, ValueError):
-    """Training data cannot be used: no labels, one class only, an empty text; names the file and line."""
+    """A file of texts cannot be used: not readable, no texts, no labels, one class only; names the file and line."""
 
 
 class LevelError(FasfxError):

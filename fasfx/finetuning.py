@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fasfx.calibration import without_cache
 from fasfx.capture import parameters_of
@@ -20,15 +20,27 @@ from fasfx.config import SpikeConfig
 from fasfx.conversion import convert
 from fasfx.datasets import Example, blocks, examples, read_labelled, split
 from fasfx.errors import CheckpointError, ConfigError, RuntimeUnavailableError
-from fasfx.folders import read_texts
 from fasfx.model import SpikingModel
+from fasfx.objective import Objective
 from fasfx.ranging import Progress
-from fasfx.training import ClippedModel, Objective, prepare
+from fasfx.scores import accuracy, perplexity
+from fasfx.text_files import read_texts
+from fasfx.training import ClippedModel, prepare
 
 TASKS = {"classification": "AutoModelForSequenceClassification", "language-modelling": "AutoModelForCausalLM"}
 CALIBRATION = 8  # batches of training data
 THRESHOLD_LR, DECAY = 0.01, 0.01
 RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast weights are trained: epochs, learning rate, rows of a batch, seed of order and dropout."""
+
+    epochs: float
+    lr: float
+    batch: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -39,13 +51,10 @@ class Recipe:
     task: str
     data: str
     evaluation: str | None
-    epochs: float
-    lr: float
     length: int
-    batch: int
     distill: bool
     spikes: float
-    seed: int
+    training: Training
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Result:
 
 
 def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, progress: Progress) -> Result:
-    """Stage I on a recipe's data; progress is kept in `folder` until `forget` is called.
+    """Stage I on a recipe's data; progress is kept in `folder`, for the caller to forget when the result is safe.
 
     Raises DataError for unusable data, CheckpointError for a folder that holds another run, ConfigError,
     RuntimeUnavailableError without accelerate.
@@ -75,22 +84,17 @@ def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, 
         raise ConfigError(f"--distill needs a teacher, but weights of {recipe.model} are new: {', '.join(fresh[:3])}")
     _claim(folder, recipe, config)
     collate = collator(tokenizer, model)
-    batches = [collate(rows[at : at + recipe.batch]) for at in range(0, len(rows), recipe.batch)][:CALIBRATION]
+    batches = [collate(part) for part in _parts(rows, recipe.training.batch)][:CALIBRATION]
     calibration = [batch | without_cache(model) for batch in batches]
     objective = Objective(teacher=model if recipe.distill else None, spikes=recipe.spikes)
     qann = prepare(model, calibration, config, objective, progress)
-    fit(qann, rows, collate, folder, recipe, progress)
+    fit(qann, rows, collate, folder, recipe.training, progress)
     warnings = qann.diagnose(**batches[0])
     qann.eval()
     snn = convert(qann, calibration, progress=progress)
-    measured = [[*_batches(collate, held, recipe.batch)] for _ in range(2)]
+    measured = [collate(part) for part in _parts(held, recipe.training.batch)]
     score, of = ("accuracy", accuracy) if recipe.task == "classification" else ("perplexity", perplexity)
-    return Result(snn, score, of(qann, measured[0]), of(snn, measured[1]), warnings)
-
-
-def forget(folder: Path) -> None:
-    """Remove a run's progress, once its result is safe."""
-    shutil.rmtree(folder, ignore_errors=True)
+    return Result(snn, score, of(qann, measured), of(snn, measured), warnings)
 
 
 def _claim(folder: Path, recipe: Recipe, config: SpikeConfig) -> None:
@@ -116,7 +120,7 @@ def _load(recipe: Recipe, tokenizer: Any) -> tuple[Any, list[Example], list[Exam
         classes = _order_of(recipe.model, data.classes)
         settings |= {"num_labels": len(classes), "id2label": dict(enumerate(classes))}
         settings |= {"label2id": {name: at for at, name in enumerate(classes)}, "ignore_mismatched_sizes": True}
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.training.seed)
     try:
         model, info = kind.from_pretrained(recipe.model, **settings)
     except (OSError, ValueError) as error:
@@ -151,7 +155,7 @@ def _shuffled(rows: list[Example], recipe: Recipe) -> list[Example]:
     """Examples in a random order; blocks of one stream stay in theirs."""
     if recipe.task != "classification":
         return rows
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.training.seed)).tolist()
     return [rows[at] for at in order]
 
 
@@ -164,9 +168,8 @@ def collator(tokenizer: Any, model: nn.Module) -> Any:
     return lambda rows: {name: value for name, value in padded(rows).items() if name in names}
 
 
-def _batches(collate: Any, rows: list[Example], size: int) -> Iterator[dict[str, Tensor]]:
-    for at in range(0, len(rows), size):
-        yield collate(rows[at : at + size])
+def _parts(rows: list[Example], size: int) -> Iterator[list[Example]]:
+    return (rows[at : at + size] for at in range(0, len(rows), size))
 
 
 def fit(
@@ -174,35 +177,36 @@ def fit(
     rows: list[Example],
     collate: Any,
     folder: Path,
-    recipe: Recipe,
+    training: Training,
     progress: Progress,
 ) -> None:
     """Train a model, or a network of stage I with its thresholds, on rows; go on where `folder` says it was."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer import TRAINER_STATE_NAME
     from transformers.trainer_utils import get_last_checkpoint
 
     class Reports(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             progress("train", state.global_step, state.max_steps)
 
-    steps = math.ceil(len(rows) / recipe.batch) * recipe.epochs
+    steps = math.ceil(len(rows) / training.batch) * training.epochs
     arguments = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=recipe.epochs,
-        per_device_train_batch_size=recipe.batch,
-        learning_rate=recipe.lr,
+        num_train_epochs=training.epochs,
+        per_device_train_batch_size=training.batch,
+        learning_rate=training.lr,
         weight_decay=DECAY,
         warmup_steps=round(0.06 * steps),
         save_steps=max(1, min(100, round(steps / 10))),
         save_total_limit=2,
-        seed=recipe.seed,
+        seed=training.seed,
         report_to=[],
         disable_tqdm=True,
         logging_strategy="no",
     )
     optimizer = None
     if isinstance(model, ClippedModel):
-        optimizer = torch.optim.AdamW(model.parameter_groups(recipe.lr, THRESHOLD_LR, DECAY))
+        optimizer = torch.optim.AdamW(model.parameter_groups(training.lr, THRESHOLD_LR, DECAY))
     trainer = Trainer(
         model,
         arguments,
@@ -212,27 +216,7 @@ def fit(
         callbacks=[Reports()],
     )
     trainer.remove_callback(PrinterCallback)
+    for cut_short in folder.glob("checkpoint-*"):
+        if not (cut_short / TRAINER_STATE_NAME).exists():  # written last
+            shutil.rmtree(cut_short)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
-    """Share of rows whose largest logit is their label's."""
-    right = rows = 0
-    for batch in batches:
-        labels = batch["labels"]
-        logits = model(**{n: v for n, v in batch.items() if n != "labels"}).logits
-        right, rows = right + int((logits.argmax(-1) == labels).sum()), rows + len(labels)
-    return right / rows
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
-    """exp of the mean negative log-likelihood per predicted token, in nats."""
-    total = tokens = 0.0
-    for batch in batches:
-        labels = batch["labels"][:, 1:]
-        logits = model(**{n: v for n, v in batch.items() if n != "labels"}).logits[:, :-1]
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"))
-        tokens += int((labels != -100).sum())
-    return math.exp(total / tokens)

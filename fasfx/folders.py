@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fasfx.checkpoint import SETTINGS, WEIGHTS
-from fasfx.errors import CalibrationError, CheckpointError
+from fasfx.errors import CheckpointError
 from fasfx.writing import written_beside
 
 CONFIG = "config.json"
@@ -61,32 +59,6 @@ def _class_of(config: Any) -> Any:
     return next((kind for kind in named if kind is not None), transformers.AutoModel)
 
 
-def read_texts(file: Path) -> list[str]:
-    """One text per line, or per JSON line its "text", or the column of that name of a .csv file.
-
-    Raises CalibrationError naming the line.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise CalibrationError(f"cannot read {file}: {why}; give a .txt file, one text per line, or .jsonl") from error
-    if file.suffix == ".csv":
-        return _column(file, lines)
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    texts = [_text(file, *one) if file.suffix == ".jsonl" else one[1] for one in numbered]
-    if not any(texts):
-        raise CalibrationError(f"{file} holds no texts: write one per line")
-    return [text for text in texts if text]
-
-
-def _column(file: Path, lines: list[str]) -> list[str]:
-    rows = [*csv.DictReader(lines)]
-    if not rows or not any(row.get("text") for row in rows):
-        raise CalibrationError(f'{file} holds no texts: its first line must name a column "text"')
-    return [row["text"] for row in rows if row.get("text")]
-
-
 def check_target(folder: Path) -> None:
     """Raise CheckpointError, before any work, if a folder cannot be written or holds another model."""
     folder = folder.absolute()
@@ -110,16 +82,6 @@ def save(snn: Any, tokenizer: Any | None, out: Path) -> None:
             raise error.__cause__ or error from None  # written_beside names the folder the user gave
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-
-
-def _text(file: Path, number: int, line: str) -> str:
-    try:
-        found = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, str):
-        raise CalibrationError(f'{file}, line {number}: give one object per line such as {{"text": "..."}}')
-    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.program import add_tensor, attribute, facts, insert
+from fasfx.program import add_tensor, arg, attribute, facts, insert
 from fasfx.synapses import operand, synapses
 
 aten = torch.ops.aten
@@ -19,6 +19,12 @@ def neurons(gm: GraphModule) -> dict[str, Node]:
     """Site -> its neuron: the clipped form or the spiking one. Only those with a stored threshold, which can learn."""
     found = [n for n in gm.graph.nodes if n.target in (ops.qcfs.op, ops.fire.op)]
     return {str(n.meta["site"]): n for n in found if isinstance(n.args[1], Node) and n.args[1].op == "get_attr"}
+
+
+def _theta(gm: GraphModule, node: Node) -> Tensor:
+    """The stored threshold of a neuron."""
+    found: Tensor = attribute(gm, str(arg(node, 1).target))
+    return found.detach()
 
 
 def per_layer(gm: GraphModule) -> Shapes:
@@ -34,7 +40,7 @@ def per_channel(gm: GraphModule) -> Shapes:
 
 def as_stored(gm: GraphModule) -> Shapes:
     """A factor for every element of a stored threshold, as far as `_leaving_sums` allows."""
-    stored = {site: attribute(gm, str(node.args[1].target)) for site, node in neurons(gm).items()}  # type: ignore[union-attr]
+    stored = {site: _theta(gm, node) for site, node in neurons(gm).items()}
     return _leaving_sums(gm, {site: tuple(theta.shape) for site, theta in stored.items()})
 
 
@@ -56,16 +62,15 @@ def _summed_dims(gm: GraphModule) -> dict[str, set[int]]:
     for node, live in synapses(gm):
         if node.target is aten.matmul.default and len(live) == 2:
             for position, dim in ((0, -1), (1, -2)):
-                site = operand(node.args[position]).meta.get("site")
-                found.setdefault(str(site), set()).add(dim)
+                if (site := operand(node.args[position]).meta.get("site")) is not None:
+                    found.setdefault(site, set()).add(dim)
     return found
 
 
 def learn_thresholds(gm: GraphModule, shapes: Shapes) -> None:
     """theta becomes theta * exp(s) with a parameter s = 0 of the given shape: positive, and steps of s are relative."""
     for site, node in neurons(gm).items():
-        theta: Node = node.args[1]  # type: ignore[assignment]
-        value = attribute(gm, str(theta.target)).detach()
+        theta, value = arg(node, 1), _theta(gm, node)
         base = add_tensor(gm, f"theta_{site}_base", value, node)
         start = torch.zeros(shapes[site], dtype=value.dtype, device=value.device)
         scale = add_tensor(gm, f"theta_{site}{LOG_SCALE}", start, node, trainable=True)
@@ -83,7 +88,7 @@ def learn_potentials(gm: GraphModule, shapes: Shapes) -> None:
     The unit is 1 until someone knows better which steps are worth taking (`potential_*_unit`, []).
     """
     for site, node in neurons(gm).items():
-        start, theta = facts(gm).sites[site].initial, attribute(gm, str(node.args[1].target)).detach()  # type: ignore[union-attr]
+        start, theta = facts(gm).sites[site].initial, _theta(gm, node)
         one = torch.ones((), dtype=theta.dtype, device=theta.device)
         base = add_tensor(gm, f"potential_{site}_base", 0 * one if start is None else start, node)
         zeros = torch.zeros(shapes[site], dtype=theta.dtype, device=theta.device)

@@ -64,7 +64,7 @@ def carried_by(*neurons: object) -> Check:
             if operand(node.args[position]).target not in neurons:
                 yield node, f"operand {position} is not carried by spikes"
         missing = set(facts(gm).sites) - {node.meta.get("site") for node in operators(gm) if node.target in neurons}
-        if missing and facts(gm).config.coverage == "activation":
+        if missing:
             yield gm.graph.output_node(), f"depends on values that no neuron sends: {', '.join(sorted(missing))}"
 
     return check

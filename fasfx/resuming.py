@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fasfx.errors import CheckpointError
+from fasfx.writing import written_beside
 
 FILE = "progress.pt"
 
@@ -20,31 +23,27 @@ class Saved:
     """
 
     def __init__(self, folder: str | Path | None, recipe: dict[str, Any]) -> None:
-        self._file = None if folder is None else Path(folder) / FILE
-        self._recipe = json.dumps(recipe, sort_keys=True)
+        self._folder, self._recipe = None if folder is None else Path(folder), json.dumps(recipe, sort_keys=True)
 
     def load(self) -> dict[str, Any]:
         """What `save` wrote last; {} for nothing. Plain data and tensors only, no code."""
-        if self._file is None or not self._file.exists():
+        if self._folder is None or not (file := self._folder / FILE).exists():
             return {}
         try:
-            found = torch.load(self._file, weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{self._file} is damaged: delete it to begin anew") from error
+            found = torch.load(file, weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{file} cannot be read: delete it to begin anew") from error
         if not isinstance(found, dict) or "state" not in found or found.get("recipe") != self._recipe:
-            raise CheckpointError(f"{self._file} is the progress of other work: delete it to begin anew")
+            raise CheckpointError(f"{file} is the progress of other work: delete it to begin anew")
         return dict(found["state"])
 
     def save(self, state: dict[str, Any]) -> None:
         """Keep plain data and tensors."""
-        if self._file is None:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._file.with_suffix(".new")
-        torch.save({"recipe": self._recipe, "state": state}, beside)
-        beside.replace(self._file)
+        if self._folder is not None:
+            with written_beside(self._folder) as staging:
+                torch.save({"recipe": self._recipe, "state": state}, staging / FILE)
 
-    def done(self) -> None:
-        """Forget it."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+
+def forget(folder: Path) -> None:
+    """Remove the progress of work, once its result is safe."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -94,7 +94,8 @@ class Student:
     def measure(self, batches: list[Taught]) -> tuple[float, float]:
         """`loss` over batches, in float."""
         found = [self.loss(batch) for batch in batches]
-        return tuple(sum(float(part) for part in parts) / len(batches) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+        loss, alignment = (sum(float(part) for part in parts) / len(batches) for parts in zip(*found, strict=True))
+        return loss, alignment
 
     @torch.no_grad()
     def errors(self, batches: list[Taught]) -> Tensors:
@@ -174,7 +175,8 @@ class Student:
         return [(site, value) for site, value in by_site.items() if site in self._sites]
 
     def _unit(self, site: str) -> Tensor:
-        return attribute(self.program, f"potential_{site}{UNIT}")  # type: ignore[no-any-return]
+        unit: Tensor = attribute(self.program, f"potential_{site}{UNIT}")
+        return unit
 
     def state(self) -> Tensors:
         """What has been learned, copied."""

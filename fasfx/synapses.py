@@ -137,7 +137,13 @@ class Carriers:
     def _is_decoded(self, node: Node) -> bool:
         """count * scale, where the scale is constant or computed from values (a dynamic threshold)."""
         others = [a for a in node.args if not self.is_sent(operand(a))]
-        return len(others) == 1 and all(not isinstance(a, Node) or a in self._fixed or a in self.values for a in others)
+        return len(others) == 1 and all(not isinstance(a, Node) or a in self._fixed or _is_per_row(a) for a in others)
+
+
+def _is_per_row(node: Node) -> bool:
+    """Whether a value has one element per row: a threshold computed from its row, not a gate's other factor."""
+    value = fake(node)
+    return value is not None and value.dim() > 0 and value.shape[-1] == 1
 
 
 def is_firing_rate(node: Node) -> bool:

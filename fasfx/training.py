@@ -7,55 +7,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from transformers.utils.generic import find_labels
 
-from fasfx.alignment import Recorder, divergence, mean, relative_errors
+from fasfx.alignment import Recorder
 from fasfx.batch_norms import fold_batch_norms
-from fasfx.capture import is_hugging_face, takes_any
+from fasfx.capture import labels_of, takes_any
 from fasfx.config import SpikeConfig
-from fasfx.difference import main_output, output_mask
 from fasfx.errors import ConfigError, InputError
 from fasfx.inputs import bind, input_names
 from fasfx.layers import Layers
 from fasfx.learnable import LOG_SCALE, as_stored, learn_thresholds, learned_thresholds
+from fasfx.objective import Objective, loss_of, teacher_program, terms, with_loss
 from fasfx.passes import Clip
 from fasfx.program import copy_program, facts, set_attribute, set_dropout
 from fasfx.ranging import Progress, calibrate
 from fasfx.runner import Runner, tidy
-
-# Fields of a configuration that change nothing about what an evaluated network computes.
-NO_MATTER = (
-    r"drop|label|dtype|^_|problem_type|architectures|version|cache|_token_id|init|return|output|task_specific|gradient"
-)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What stage I minimises while it trains: the sum of these terms, each times its weight.
-
-    task:        the model's own loss for its labels.
-    teacher:     the original model, or a fine-tuned one of the same kind; evaluated on every batch, never changed.
-    logits:      KL divergence of the logits from the teacher's, at `temperature`.
-    hidden:      relative squared error of what sites transmit from the teacher's values, mean over the sites.
-    spikes:      spikes per value, mean over the sites: asks for fewer.
-    Without a teacher, logits and hidden do not count.
-    """
-
-    task: float = 1.0
-    teacher: nn.Module | None = None
-    logits: float = 1.0
-    hidden: float = 1.0
-    temperature: float = 1.0
-    spikes: float = 0.0
 
 
 def prepare(
@@ -75,9 +48,7 @@ def prepare(
     Raises what fasfx.convert raises.
     """
     trained = copy.deepcopy(model)
-    labels = find_labels(type(model)) if is_hugging_face(model) else []
-    batches = None if calibration is None else _Without(calibration, labels)
-    ranged = calibrate(trained, batches, config or SpikeConfig(), progress, training=True)
+    ranged = calibrate(trained, calibration, config or SpikeConfig(), progress, training=True)
     return ClippedModel(ranged, trained, objective)
 
 
@@ -98,8 +69,8 @@ class ClippedModel(nn.Module):
         self._layers: Layers | None = None
         self._recompute = False
         self.config = getattr(original, "config", None)
-        self._loss: Callable[..., Tensor] | None = original.loss_function if _has_loss(original) else None  # type: ignore[assignment]
-        self._labels = find_labels(type(original)) if is_hugging_face(original) else []
+        self._loss: Callable[..., Tensor] | None = loss_of(original)
+        self._labels = labels_of(original)
         self._takes_any, self.loss_type = takes_any(original), getattr(original, "loss_type", None)
         self.__class__ = _like(original, type(self), [*input_names(ranged), *self._labels])
         self.objective = objective or Objective()
@@ -119,13 +90,13 @@ class ClippedModel(nn.Module):
         inputs = self.inputs(kwargs, *args)
         if not (self.training and self._has_terms):
             output = self._run(inputs)
-            return _with_loss(output, self._task_loss(output, targets, items)) if targets else output
+            return with_loss(output, self._task_loss(output, targets, items)) if targets else output
         if self._recompute:
             raise ConfigError("activation checkpointing does not go with a teacher or a weight on spikes: turn one off")
         recorder = Recorder(self._programs[1], spikes=self.objective.spikes > 0)
         output = recorder.run(*inputs.values())
         loss = self.objective.task * self._task_loss(output, targets, items) if targets else torch.zeros(())
-        return _with_loss(output, loss + self._terms(recorder, output, inputs))
+        return with_loss(output, loss + terms(self.objective, self._teacher, recorder, output, inputs))
 
     def inputs(self, batch: Mapping[str, Any], *args: Any) -> dict[str, Tensor]:
         """What the program takes of a batch, in its order: no labels, no constants. Raises InputError."""
@@ -148,18 +119,6 @@ class ClippedModel(nn.Module):
         given = {"config": self.config, "vocab_size": words, "pooled_logits": output.get("logits")} | dict(output)
         counted = {} if items is None else {"num_items_in_batch": items}
         return self._loss(**given, **targets, **counted)
-
-    def _terms(self, recorder: Recorder, output: Any, inputs: dict[str, Tensor]) -> Tensor:
-        """The objective's terms that the task's loss does not hold."""
-        aim, total = self.objective, torch.zeros((), device=main_output(output).device)
-        if self._teacher is not None:
-            teacher = Recorder(self._teacher)
-            with torch.no_grad():
-                wanted = teacher.run(*inputs.values())
-            total = total + aim.hidden * mean(relative_errors(recorder.values, teacher.values))
-            logits = main_output(output), main_output(wanted)
-            total = total + aim.logits * divergence(*logits, output_mask(inputs), aim.temperature)
-        return total + aim.spikes * mean(recorder.active) if aim.spikes else total
 
     # --- training ----------------------------------------------------------------------------------------
 
@@ -187,17 +146,15 @@ class ClippedModel(nn.Module):
     @objective.setter
     def objective(self, aim: Objective) -> None:
         # In a tuple: not a submodule, whose weights would be saved with ours.
-        self._teachers = () if aim.teacher is None else (_teacher(self._programs[0], aim.teacher),)
-        if aim.teacher is not None:
-            _require_alike(self.config, getattr(aim.teacher, "config", None))
+        ranged, teacher = self._programs[0], aim.teacher
+        self._teachers = () if teacher is None else (teacher_program(ranged, teacher, self.config),)
         self._objective = aim
 
     def train(self, mode: bool = True) -> ClippedModel:
         """Dropout on or off, as in the original."""
         super().train(mode)
         set_dropout(self._programs[1], mode)
-        if self._layers is not None:
-            self._layers = None
+        self._layers = None
         return self
 
     def parameter_groups(self, lr: float, threshold_lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -274,72 +231,17 @@ class ClippedModel(nn.Module):
         return ranged
 
 
-class _Without:
-    """Batches without labels, streamed; as long as the iterable they are from."""
-
-    def __init__(self, batches: Iterable[Any], labels: list[str]) -> None:
-        self._batches, self._labels = batches, labels
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            mapping = isinstance(batch, Mapping)
-            yield {k: v for k, v in batch.items() if k not in self._labels} if mapping else batch
-
-
-def _has_loss(model: nn.Module) -> bool:
-    """Whether transformers' loss for the model's class is the one its forward computes."""
-    if not is_hugging_face(model):
-        return False
-    called = "self.loss_function" in inspect.getsource(inspect.unwrap(type(model).forward))
-    # Encoder-decoders that compute their loss themselves do not shift labels, and transformers' loss does.
-    return called or (
-        bool(getattr(model, "loss_type", None)) and not getattr(model.config, "is_encoder_decoder", False)
-    )
-
-
-def _require_alike(own: Any, other: Any) -> None:
-    """Raise ConfigError where a teacher's configuration makes another function of the same weights."""
-    if own is None or other is None:
-        return
-    a, b = own.to_dict(), other.to_dict()
-    differ = sorted(k for k in a.keys() | b.keys() if a.get(k) != b.get(k) and not re.search(NO_MATTER, k))
-    if differ:
-        found = ", ".join(f"{key}={b.get(key)!r} instead of {a.get(key)!r}" for key in differ[:3])
-        raise ConfigError(f"the teacher is another network: {found}; pass the model that was prepared, or one like it")
-
-
-def _teacher(ranged: GraphModule, model: nn.Module) -> GraphModule:
-    """The program with the weights of another model of the same kind, shared with it."""
-    program = copy_program(ranged)
-    given = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    for name, own in program.named_parameters():
-        if name not in given or given[name].shape != own.shape:
-            found = "it has none" if name not in given else f"its shape is {list(given[name].shape)}"
-            raise ConfigError(
-                f"the teacher {type(model).__name__} has no parameter {name} of shape {list(own.shape)}: {found}; "
-                "pass the model that was prepared, or one of its architecture"
-            )
-    for name in [*dict(program.named_parameters()), *(n for n, _ in program.named_buffers() if n in given)]:
-        set_attribute(program, name, given[name].detach())
-    return program
-
-
-def _with_loss(output: Any, loss: Tensor) -> Any:
-    """The same output type with a loss in front."""
-    return type(output)(loss=loss, **output)
-
-
-def _like(original: nn.Module, base: type, names: list[str]) -> Any:
+def _like(original: nn.Module, base: type[nn.Module], names: list[str]) -> Any:
     """A subclass with the original's class name, whose forward tells the names it takes.
 
     transformers.Trainer reads from both: which columns to keep, what labels are, whether the loss shifts them.
     """
 
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        return base.forward(self, *args, **kwargs)
 
     kinds = inspect.Parameter
     named = [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None) for name in names]
     forward.__signature__ = inspect.Signature([kinds("self", kinds.POSITIONAL_OR_KEYWORD), *named])  # type: ignore[attr-defined]
-    forward.__doc__ = base.forward.__doc__  # type: ignore[attr-defined]
     return type(type(original).__name__, (base,), {"forward": forward, "__module__": base.__module__})

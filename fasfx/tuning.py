@@ -55,14 +55,16 @@ def tune(
 ) -> SpikingModel:
     """Calibrate a synchronous spiking network at its own T; the one given is unchanged.
 
-    batches:  at least two batches of model inputs; labels are not needed. The last fifth is held out.
+    batches:  at least two batches of model inputs, without labels. The last fifth is held out from gradients and
+              decides which state is kept.
     stages:   "layer": one threshold and one initial potential for every site; "neuron": for every channel of one.
               Each begins with what the one before found, and with the potentials that match means in closed form.
     teacher:  whose logits are the second teacher, such as the original model; None: the first teacher's own.
     logits:   weight of KL(teacher || network) of the logits, nats per position.
     spikes:   weight of spikes per value, mean over the sites: asks for fewer.
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs.
-    folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended.
+    folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended. Remove
+              it when the result is safe.
     Loss:     mean over sites of |x_T - q|^2 / |q|^2, plus the terms above. x_T is the running estimate after tick T;
               q what the site transmits in the network that stage I trained, in closed form at the larger of its T and
               this one, or the original's value where nothing was trained. Gradients flow through the ticks; the
@@ -77,28 +79,19 @@ def tune(
         raise CalibrationError(f"{len(given)} batches: tuning needs two at least, one of them held out")
     taught = _taught(snn, teacher, given, progress)
     held = max(1, round(HELD_OUT * len(taught)))
-    saved = Saved(
-        folder,
-        {
-            "work": _fingerprint(ranged, given),
-            "config": repr(snn.spike_config),
-            "stages": [*stages],
-            "logits": logits,
-            "spikes": spikes,
-        },
-    )
+    work = {"of": _fingerprint(ranged, given), "config": repr(snn.spike_config), "stages": [*stages]}
+    saved = Saved(folder, work | {"logits": logits, "spikes": spikes})
     parts = taught[:-held], taught[-held:]
     errors: dict[str, Tensors] = {}
     for stage in stages:
         student = Student(ranged, STAGES[stage], logits, spikes)
-        errors.setdefault("before", student.errors(parts[1]))
+        if not errors:
+            errors["before"] = student.errors(parts[1])
         _Stage(student, stage, parts, saved, progress).run(epochs)
         errors[stage] = student.errors(parts[1])
         ranged = student.result(ranged)
     facts(ranged).tuned, facts(ranged).tuning = snn.timesteps, _rows(ranged, errors)
-    tuned = SpikingModel(ranged, snn.config)
-    saved.done()
-    return tuned
+    return SpikingModel(ranged, snn.config)
 
 
 def _fingerprint(ranged: GraphModule, given: list[Tensors]) -> str:
@@ -178,7 +171,7 @@ class _Stage:
             epoch, waiting = 0, 0
         else:
             self._first, self._best, self._state = kept["first"], tuple(kept["best"]), kept["state"]
-            self._student.load(kept["now"])
+            self._student.load(self._state)
             self._adam.load_state_dict(kept["adam"])
             epoch, waiting = kept["epoch"], kept["waiting"]
         while epoch < epochs and waiting < PATIENCE:
@@ -188,15 +181,13 @@ class _Stage:
                 self._student.load(self._state)
                 for group in self._adam.param_groups:
                     group["lr"] *= SLOWER
-            now = {"first": self._first, "best": self._best, "state": self._state, "now": self._student.state()}
-            progress = {"adam": self._adam.state_dict(), "epoch": epoch, "waiting": waiting}
-            self._saved.save(every | {self._name: now | progress})
-        self._student.load(self._state)
+            now = {"first": self._first, "best": self._best, "state": self._state, "adam": self._adam.state_dict()}
+            self._saved.save(every | {self._name: now | {"epoch": epoch, "waiting": waiting}})
 
     def _begin(self) -> None:
         """Measure, then thresholds and means in closed form, as far as they help."""
-        _, self._first = self._student.measure(self._held)
         self._keep()
+        _, self._first = self._best
         self._try(lambda least: self._student.search(self._seen, least), LEAST)
         self._try(lambda share: self._student.match_means(self._seen, share), SHARES)
 

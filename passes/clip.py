@@ -15,9 +15,10 @@ from fasfx import ops
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
+from fasfx.passes.observe import replaced_activations
 from fasfx.program import Site, add_tensor, arg, describe, facts, fake, insert
 from fasfx.runner import Pass
-from fasfx.synapses import RELAYS, activations, carried_values, operand, sums_exponentials, synapses
+from fasfx.synapses import RELAYS, carried_values, operand, sums_exponentials, synapses
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
@@ -39,7 +40,7 @@ class Clip(Pass):
         code = ops.CODES[config.code]
         check_dtype(gm, code)
         theta = thresholds(gm)
-        replaced = activations(gm) if config.activation == "replace" else {}
+        replaced = replaced_activations(gm)
         nodes, live = {node.name: node for node in gm.graph.nodes}, {node for node, _ in synapses(gm)}
         for site in facts(gm).sites.values():
             value = nodes[site.name]

@@ -78,9 +78,9 @@ def _unit_count(gm: GraphModule, node: Node) -> Node:
 
 def _current(gm: GraphModule, node: Node) -> Node:
     """What a neuron is given, with what its initial potential adds to that."""
-    x = arg(node, 0)
+    x: Node = arg(node, 0)
     if len(node.args) <= 6:
-        return x  # type: ignore[no-any-return]
+        return x
     nothing = torch.zeros(())
     potential = attribute(gm, str(arg(node, 6).target)).detach()
     added = ops.codes.with_potential(nothing.to(potential), potential, ops.CODES[arg(node, 2)], arg(node, 3))

@@ -68,43 +68,50 @@ class Observe(Pass):
 def find_sites(gm: GraphModule) -> dict[str, Site]:
     """Every value that is to become spikes, once, in the order of the graph.
 
-    coverage="matmul": what enters a synaptic operation. "activation": what an activation function gives.
+    coverage="matmul": what enters a synaptic operation. coverage="activation", or activation="replace": what an
+    activation function gives.
     """
-    if facts(gm).config.coverage == "activation":
-        return _activation_sites(gm)
-    sites: dict[str, Site] = {}
+    config, found = facts(gm).config, dict[Node, Site]()
+    replaced = replaced_activations(gm)
     for node, position in spiking_operands(gm):
         value = operand(node.args[position])
         channel, population = channel_dims(node, position), 2 if node.target is aten.mul.Tensor else 1
-        if value.name in sites:
-            sites[value.name].population = max(population, sites[value.name].population)
-            kept = set(sites[value.name].channel) & set(channel)
-            sites[value.name].channel = tuple(d for d in channel if d in kept)
+        if value in found:
+            found[value].population = max(population, found[value].population)
+            kept = set(found[value].channel) & set(channel)
+            found[value].channel = tuple(d for d in channel if d in kept)
             continue
         bounded = _is_deferred_softmax(value)
-        sites[value.name] = Site(
+        found[value] = Site(
             value.name,
             module_path(value),
             () if bounded else channel,
-            not (non_negative(value) or is_replaced(gm, value)),
+            not (non_negative(value) or value in replaced),
             fixed=1.0 if bounded else None,
             population=population,
         )
-    return sites
+    if config.coverage == "activation" or config.activation == "replace":
+        for value in _sent_activations(gm):
+            found.setdefault(value, _activation_site(value, signed=not (non_negative(value) or value in replaced)))
+    return {node.name: found[node] for node in gm.graph.nodes if node in found}
 
 
-def _activation_sites(gm: GraphModule) -> dict[str, Site]:
-    sites = dict[str, Site]()
-    for value in activations(gm):
-        if not is_skipped(gm, value):
-            shared = [set(channel_dims(reader, p)) for reader, p in _synaptic_readers(value)]
-            channel = tuple(sorted(set.intersection(*shared))) if shared else ()
-            signed = not (non_negative(value) or is_replaced(gm, value))
-            sites[value.name] = Site(value.name, module_path(value), channel, signed)
-    if not sites:
+def replaced_activations(gm: GraphModule) -> dict[Node, Node]:
+    """activation="replace": what an activation function gives -> the operator whose place QCFS takes."""
+    return _sent_activations(gm) if facts(gm).config.activation == "replace" else {}
+
+
+def _sent_activations(gm: GraphModule) -> dict[Node, Node]:
+    found = {value: operator for value, operator in activations(gm).items() if not is_skipped(gm, value)}
+    if not found:
         known = ", ".join(sorted(str(target).split(".")[-2] for target in ACTIVATIONS))
-        raise ConfigError(f'coverage="activation" finds none of {known} in the model: use coverage="matmul"')
-    return sites
+        raise ConfigError(f"the configuration is about activation functions, and the model has none of {known}")
+    return found
+
+
+def _activation_site(value: Node, signed: bool) -> Site:
+    shared = [set(channel_dims(reader, p)) for reader, p in _synaptic_readers(value)]
+    return Site(value.name, module_path(value), tuple(sorted(set.intersection(*shared))) if shared else (), signed)
 
 
 def _synaptic_readers(value: Node) -> Iterator[tuple[Node, int]]:
@@ -114,11 +121,6 @@ def _synaptic_readers(value: Node) -> Iterator[tuple[Node, int]]:
             yield from _synaptic_readers(user)
         elif user.target in SYNAPSES:
             yield user, next(i for i, given in enumerate(user.args) if given is value)
-
-
-def is_replaced(gm: GraphModule, value: Node) -> bool:
-    """Whether QCFS takes the place of the activation function that gives a value (activation="replace")."""
-    return facts(gm).config.activation == "replace" and value in activations(gm)
 
 
 def _is_deferred_softmax(value: Node) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import assert_refused
+from test_cli import assert_refused, run
 from test_finetune import TRAINING, assert_same, finetune, place, trained, watch, weights  # noqa: F401
-from test_training import classifier, clipped, inputs, text, trainer
+from test_training import EXACT, classifier, clipped, inputs, original, text, trainer
 from torch import nn
 
 import fasfx
@@ -157,3 +157,78 @@ def test_tune_with_dynamic_thresholds_beside_a_fixed_one() -> None:
     snn = fasfx.convert(classifier(), batches, config)
     with contextlib.suppress(ConfigError):  # or tune the softmax alone
         fasfx.tune(snn, batches, epochs=1)  # AttributeError: ... no attribute 'potential_dropout_unit'
+
+
+def small() -> tuple[nn.Module, torch.Tensor]:
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(16, 8)
+
+
+def test_batches_may_be_tensors_everywhere() -> None:
+    module, x = small()
+    snn = fasfx.convert(fasfx.prepare(module, [x], EXACT.replace(schedule="synchronous")), [x])
+    assert fasfx.tune(snn, [x, x], epochs=1).tuning is not None
+
+
+def test_batches_may_hold_labels_where_no_loss_reads_them() -> None:
+    model = classifier()
+    with_labels, without = (fasfx.convert(model, [batch], EXACT) for batch in (text(), inputs(text())))
+    assert torch.equal(with_labels(**inputs(text())).logits, without(**inputs(text())).logits)
+
+
+def test_an_objective_needs_an_output_with_a_loss() -> None:
+    module, x = small()
+    qann = fasfx.prepare(module, [x], EXACT, fasfx.Objective(spikes=1.0)).train()
+    with pytest.raises(InputError, match="Tensor has no loss, so there is no place for an objective"):
+        qann(x)
+
+
+def test_progress_of_tune_outlives_a_failed_save(
+    place: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    given = ("tune", trained[0], "--data", place / "texts.txt", "-o", tmp_path / "out", "--epochs", 1)
+    assert_refused(run(*given), "No space left")
+    assert (tmp_path / "out.tuning" / FILE).exists()
+    monkeypatch.undo()
+    assert run(*given).exit_code == 0 and [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_product_of_spikes_and_floats_is_no_spike() -> None:
+    model, batch = original("llama")
+    snn = fasfx.convert(model, [inputs(batch)], fasfx.SpikeConfig.fas(activation="keep"))
+    table = snn.coverage.table
+    (down,) = table[table.module == "model.layers.0.mlp.down_proj"].spike_driven
+    assert not down  # its input is silu's spikes times the float output of up_proj
+
+
+def test_every_activation_function_is_replaced_whatever_reads_it() -> None:
+    model, batch = original("llama")  # a product reads silu, and the product is what enters the synapse
+    qann = fasfx.prepare(model, [inputs(batch)], EXACT.replace(activation="replace"))
+    program = qann._programs[1]
+    assert not program.graph.find_nodes(op="call_function", target=aten.silu.default)
+    assert fasfx.convert(qann)(**inputs(batch)).logits.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("again", [False, True], ids=["as calibrated", "observed again"])
+def test_a_batch_norm_between_convolutions_is_folded_after_training(again: bool) -> None:
+    parts = (nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 1))
+    model, x = nn.Sequential(*parts).double().eval(), torch.randn(16, 3, 9, dtype=torch.float64)
+    qann = fasfx.prepare(model, [x], EXACT.replace(timesteps=3, levels=6))
+    snn = fasfx.convert(qann, [x] if again else None)
+    assert not snn.graph_module.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+    assert torch.allclose(snn(x), qann(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch(monkeypatch, stop=("train", 8))
+    assert finetune(place, tmp_path / "out", *TRAINING).exit_code not in (0, 2)
+    seen = watch(monkeypatch)
+    broken = tmp_path / "out.training" / "checkpoint-9999"  # newer than any, its last file missing
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"")
+    assert finetune(place, tmp_path / "out", *TRAINING).exit_code == 0
+    assert min(done for stage, done in seen if stage == "train") > 1  # it did not begin anew

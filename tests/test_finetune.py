@@ -206,7 +206,7 @@ def test_a_killed_tune_goes_on(
     assert run(*given, "-o", tmp_path / "out").exit_code == 0
     assert [step for step in seen if step[0].startswith("tune")] == [("tune, neuron", 3), ("tune, neuron", 4)]
     assert_same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
-    assert not (tmp_path / "out.tuning" / FILE).exists()
+    assert not (tmp_path / "out.tuning").exists()
 
 
 # --- data -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from fasfx import scores
 from fasfx.difference import main_output, output_mask
 from fasfx.errors import MissingDataError
 from fasfx.tools.bench import data, metrics, models, timing
@@ -128,7 +129,7 @@ def test_error_table_weighs_all_batches_together() -> None:
 def test_perplexity_of_a_uniform_model_is_the_vocabulary() -> None:
     windows = [{"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3)}]
     uniform = SimpleNamespace(logits=torch.zeros(1, 3, 7))
-    assert metrics.perplexity(lambda **_: uniform, windows) == pytest.approx(7)
+    assert scores.perplexity(lambda **_: uniform, windows) == pytest.approx(7)
 
 
 def test_interleaved_times_and_ratios() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import fasfx
+from fasfx import scores
 from fasfx.equivalence import spikes_so_far
 from fasfx.tools.bench import cases, data, metrics
 from fasfx.tools.bench.tables import Line, Table, at_most, below, between, plain
@@ -118,14 +119,14 @@ def perplexity(quick: bool) -> Iterator[Table]:
     model, tokenizer = cases.smollm2()
     own, other = data.split(OWN), data.split(OTHER)
     windows = {kind: _windows(tokenizer, texts[1]) for kind, texts in ((OWN, own), (OTHER, other))}
-    original = [metrics.perplexity(model, batches) for batches in windows.values()]
+    original = [scores.perplexity(model, batches) for batches in windows.values()]
     lines = [plain("original, perplexity", original)]
     for code, limits in PERPLEXITY.items():
         config = fasfx.SpikeConfig().replace(code=code, timesteps=min(limits), nonlinear="exact")
         snn = fasfx.convert(model, _windows(tokenizer, own[0]), config)
         for steps, limit in limits.items():
             snn.timesteps = steps
-            spiking = [metrics.perplexity(snn, batches) for batches in windows.values()]
+            spiking = [scores.perplexity(snn, batches) for batches in windows.values()]
             ratio = [a / b for a, b in zip(spiking, original, strict=True)]
             lines.append(at_most(f"{code}, T = {steps}", ratio, limit, "{:.4f}"))
     note = f"Over the original's; calibrated on {OWN}; {TOKENS:,} predicted tokens in windows of {WINDOW}."

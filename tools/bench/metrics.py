@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.nn import functional
 
 from fasfx.difference import Difference, main_output, output_mask
 from fasfx.tools.bench.data import Batch
@@ -43,19 +41,3 @@ def error_table(
             found.add(reference_output, main_output(model(**batch)), output_mask(batch))
         table[name] = found.relative_l2
     return table
-
-
-@torch.no_grad()
-def perplexity(model: Model, windows: Iterable[Batch]) -> float:
-    """exp of the mean negative log-likelihood (in nats) of a token given its past in the window.
-
-    `windows` as made by `data.windows`: unpadded [B, S], of which S - 1 tokens are predicted in each row.
-    """
-    loss, num_tokens = 0.0, 0
-    for window in windows:
-        logits_BSV = main_output(model(**window))[:, :-1].float()
-        target_BS = window["input_ids"][:, 1:]
-        nats = functional.cross_entropy(logits_BSV.flatten(0, 1), target_BS.flatten(), reduction="sum")
-        loss += float(nats)
-        num_tokens += target_BS.numel()
-    return math.exp(loss / num_tokens)

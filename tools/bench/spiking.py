@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import fasfx
+from fasfx import scores
 from fasfx.equivalence import by_tick, spikes_so_far
 from fasfx.tools.bench import cases, cost, data, fidelity, metrics, timing
 from fasfx.tools.bench.data import Batch
@@ -92,7 +93,7 @@ def perplexity(quick: bool) -> Iterator[Table]:
     windows = fidelity._windows(tokenizer, unseen)
     config = fasfx.SpikeConfig(nonlinear="spiking", strict=True)
     snn = fasfx.convert(model, fidelity._windows(tokenizer, own), config)
-    ratio = metrics.perplexity(snn, windows) / metrics.perplexity(model, windows)
+    ratio = scores.perplexity(snn, windows) / scores.perplexity(model, windows)
     note = f"Calibrated on {fidelity.OWN}; {fidelity.TOKENS:,} unseen tokens of it in windows of {fidelity.WINDOW}."
     yield Table("SmolLM2-135M", ("", "ratio"), [at_most("perplexity, T = 4", [ratio], PERPLEXITY, "{:.4f}")], note)
 

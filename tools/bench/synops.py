@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import fasfx
+from fasfx.coverage import coverage
 from fasfx.passes import Clip
 from fasfx.runner import Runner
-from fasfx.synapses import SYNAPSES, operand, synapses
+from fasfx.synapses import operand, synapses
 
 MAC, AC = 4.6, 0.9
 
@@ -31,25 +32,23 @@ class Energy(NamedTuple):
 
 
 def energy(snn: fasfx.SpikingModel, batch: dict[str, torch.Tensor]) -> Energy:
-    """Count on one batch. A product of two spiking values costs the spikes of both sides, or of the cheaper one where
-    the other is complete before it starts (sequential)."""
+    """Count on one batch.
+
+    A product of two spiking values costs the spikes of both sides, or of the cheaper one where the other is complete
+    before it starts (sequential).
+    """
     counted = snn.count_spikes(**batch)
     per_value = counted.drop(columns="values").sum(axis=1)
     clipped = Runner([Clip()]).run(snn.ranged)
-    driven = every = operations = 0.0
+    macs = {row.node: row.macs for row in coverage(clipped).rows}
+    driven = operations = 0.0
     for node, live in synapses(clipped):
-        macs = float(_hint(SYNAPSES[node.target].macs(node))) if node.target in SYNAPSES else 0.0
         sites = [operand(node.args[position]).meta.get("site") for position in live]
-        every += macs
         if all(sites):
             sent = [float(per_value[site]) for site in sites]
-            driven += macs
-            operations += macs * (sum(sent) if snn.schedule == "synchronous" else min(sent))
-    float_macs = every - driven
+            driven += macs[node.name]
+            operations += macs[node.name] * (sum(sent) if snn.schedule == "synchronous" else min(sent))
+    every = sum(macs.values())
     spikes = float((per_value * counted["values"]).sum() / counted["values"].sum())
     of_driven = AC * operations / (MAC * driven) if driven else float("nan")
-    return Energy(of_driven, (AC * operations + MAC * float_macs) / (MAC * every), spikes)
-
-
-def _hint(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    return Energy(of_driven, (AC * operations + MAC * (every - driven)) / (MAC * every), spikes)

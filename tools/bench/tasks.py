@@ -23,7 +23,8 @@ from transformers import AutoModelForSequenceClassification, ViTConfig, ViTForIm
 
 from fasfx.datasets import Example, Labelled, blocks, examples
 from fasfx.errors import MissingDataError
-from fasfx.finetuning import accuracy, collator, perplexity
+from fasfx.finetuning import collator
+from fasfx.scores import accuracy, perplexity
 from fasfx.tools.bench import cases, data
 from fasfx.tools.bench.data import package_path
 

@@ -1,4 +1,7 @@
-"""Networks that the benchmark trains, once: kept by the hash of everything that makes them what they are."""
+"""Networks that the benchmark trains, once: kept by the hash of their recipe.
+
+The recipe does not know the version of fasfx: delete the folder after a change of how networks learn.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from torch import nn
 
 import fasfx
 from fasfx.calibration import without_cache
-from fasfx.finetuning import Recipe, fit
+from fasfx.finetuning import Training, fit
 from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tuning import tune
 
@@ -43,9 +46,8 @@ def folder_of(recipe: dict[str, Any]) -> Path:
 def original(name: str, seed: int, epochs: float, lr: float) -> Kept:
     """The task's model, fine-tuned as it is."""
     task = TASKS[name]()
-    recipe = _recipe(task, name, seed, epochs, lr, distill=False)
-    model = task.model(seed)
-    return _weights(model, {"original": asdict(recipe)}, lambda at: _fit(model, task, recipe, at))
+    training, model = _training(task, seed, epochs, lr), task.model(seed)
+    return _weights(model, {"original": name, "how": asdict(training)}, lambda at: _fit(model, task, training, at))
 
 
 def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.SpikeConfig, teacher: nn.Module,
@@ -55,12 +57,13 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     of: what made the teacher.
     """
     task = TASKS[name]()
-    recipe = _recipe(task, name, seed, epochs, lr, distill=True, spikes=spikes)
+    training = _training(task, seed, epochs, lr)
     aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
-    batches = task.inputs(task.train[: CALIBRATION * recipe.batch], recipe.batch)
+    batches = task.inputs(task.train[: CALIBRATION * training.batch], training.batch)
     qann = fasfx.prepare(teacher, [batch | without_cache(teacher) for batch in batches], config, aim)
-    every = {"stage I": asdict(recipe), "config": asdict(config), "of": of, "T": DISTILLATION}
-    return _weights(qann, every, lambda at: _fit(qann, task, recipe, at))
+    every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
+    aims = {name: getattr(aim, name) for name in ("task", "logits", "hidden", "temperature", "spikes")}
+    return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
 
 
 def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int = TUNING) -> Kept:
@@ -70,19 +73,20 @@ def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, 
     if not (folder / "network").exists():
         size = BATCH if task.score == "accuracy" else BLOCKS
         start = time.perf_counter()
-        found = tune(snn, task.inputs(task.train[-batches * size :], size), stages, folder=folder, progress=_report)
+        given = task.inputs(task.train[-batches * size :], size)
+        found = tune(snn, given, stages, folder=folder / "tuning", progress=_report)
         found.save_pretrained(folder / "network")
         _note(folder, recipe, start)
+        shutil.rmtree(folder / "tuning")
     return Kept(fasfx.SpikingModel.from_pretrained(folder / "network"), _seconds(folder))
 
 
-def _recipe(task: Task, name: str, seed: int, epochs: float, lr: float, distill: bool, spikes: float = 0.0) -> Recipe:
-    size = BATCH if task.score == "accuracy" else BLOCKS
-    return Recipe(task.name, name, name, None, epochs, lr, 0, size, distill, spikes, seed)
+def _training(task: Task, seed: int, epochs: float, lr: float) -> Training:
+    return Training(epochs, lr, BATCH if task.score == "accuracy" else BLOCKS, seed)
 
 
-def _fit(model: nn.Module, task: Task, recipe: Recipe, folder: Path) -> None:
-    fit(model, task.train, task.collate, folder, recipe, _report)
+def _fit(model: nn.Module, task: Task, training: Training, folder: Path) -> None:
+    fit(model, task.train, task.collate, folder, training, _report)
 
 
 def _weights(model: nn.Module, recipe: dict[str, Any], train: Callable[[Path], None]) -> Kept:
