@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from fasfx import ops
+from fasfx.difference import main_output
 from fasfx.program import arg, facts
 
 TINY = 1e-12
@@ -74,14 +76,24 @@ def relative_errors(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
     return found
 
 
-def divergence(student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+def disagreement(student: Any, teacher: Any, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """How far two outputs are apart: `divergence` of logits, or of the main tensor where there are none.
+
+    mask: 0 where a position does not count; ignored where its shape is not that of the positions.
+    """
+    of, to = main_output(student), main_output(teacher)
+    if mask is not None and mask.shape == of.shape[:-1]:
+        of, to = of[mask.bool()], to[mask.bool()]
+    if isinstance(student, ModelOutput) and "logits" not in student:
+        return relative_errors({"": of}, {"": to})[""]
+    return divergence(of, to, temperature)
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of logits [..., classes] in nats per position, times temperature^2 (Hinton et al., 2015).
 
     Of a single number (regression) the squared error over the teacher's square.
-    mask: 0 where a position does not count; ignored where its shape is not that of the positions.
     """
-    if mask is not None and mask.shape == student.shape[:-1]:
-        student, teacher = student[mask.bool()], teacher[mask.bool()]
     if student.shape[-1] == 1:
         return relative_errors({"": student}, {"": teacher})[""]
     of, to = (F.log_softmax(x.flatten(0, -2).float() / temperature, -1) for x in (student, teacher.detach()))

@@ -199,6 +199,7 @@ def fit(
         warmup_steps=round(0.06 * steps),
         save_steps=max(1, min(100, round(steps / 10))),
         save_total_limit=2,
+        train_sampling_strategy="group_by_length" if "input_ids" in rows[0] else "random",  # little padding
         seed=training.seed,
         report_to=[],
         disable_tqdm=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder, divergence, mean, relative_errors
+from fasfx.alignment import Recorder, disagreement, mean, relative_errors
 from fasfx.capture import is_hugging_face
 from fasfx.difference import main_output, output_mask
 from fasfx.errors import ConfigError, InputError
@@ -29,7 +29,8 @@ class Objective:
 
     task:        the model's own loss for its labels.
     teacher:     the original model, or a fine-tuned one of the same kind; evaluated on every batch, never changed.
-    logits:      KL divergence of the logits from the teacher's, at `temperature`.
+    logits:      KL divergence of the logits from the teacher's, at `temperature`; of an output without logits, such as
+                 an encoder's, the relative squared error of its main tensor.
     hidden:      relative squared error of what sites transmit from the teacher's values, mean over the sites.
     spikes:      spikes per value, mean over the sites: asks for fewer.
     Without a teacher, logits and hidden do not count.
@@ -56,8 +57,7 @@ def terms(
         with torch.no_grad():
             wanted = watcher.run(*inputs.values())
         total = total + aim.hidden * mean(relative_errors(recorder.values, watcher.values))
-        logits = main_output(output), main_output(wanted)
-        total = total + aim.logits * divergence(*logits, output_mask(inputs), aim.temperature)
+        total = total + aim.logits * disagreement(output, wanted, output_mask(inputs), aim.temperature)
     return total + aim.spikes * mean(recorder.active) if aim.spikes else total
 
 

