@@ -83,7 +83,9 @@ def load(folder: Path) -> SpikingModel:
         facts(ranged).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
         for name in ("trained", "tuned", "tuning"):
             setattr(facts(ranged), name, settings.get(name, getattr(facts(ranged), name)))
-        facts(ranged).sites = {s["name"]: _site_from_json(s, tensors) for s in settings["sites"]}
+        token = facts(ranged).config.granularity == "token"  # formats before 3 say so for the whole network
+        sites = [{"dynamic": token and site["fixed"] is None} | site for site in settings["sites"]]
+        facts(ranged).sites = {site["name"]: _site_from_json(site, tensors) for site in sites}
         return SpikingModel(ranged, _hugging_face_config(folder, settings))
     except CheckpointError:
         raise
@@ -132,7 +134,7 @@ def _unique(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _site_to_json(site: Site) -> dict[str, Any]:
-    return {k: getattr(site, k) for k in ("name", "module", "channel", "signed", "fixed", "population")}
+    return {k: getattr(site, k) for k in ("name", "module", "channel", "signed", "fixed", "population", "dynamic")}
 
 
 def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:

@@ -20,10 +20,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "granularity": (None, "tensor", "channel", "token"),
     "weights": ("float", "int8"),
 }
-# What the contract names and this version does not have yet; asking for it is an error, never a silent change.
-_LATER: dict[tuple[str, object], str] = {
-    ("weights", "int8"): 'use weights="float"',
-}
 MAX_RADIX_STEPS = 24  # a count must be exact in float32
 MAX_LEVELS = 24
 
@@ -91,14 +87,6 @@ class SpikeConfig:
             raise ConfigError(f"margin={self.margin!r}: must be a positive number or None")
         for pattern in self.skip:
             _check_pattern(pattern)
-
-    def unavailable(self) -> list[str]:
-        """What this configuration asks for and this version cannot do, with what to use instead."""
-        return [
-            f"{name}={value!r} is not available in this version of fasfx: {instead}"
-            for (name, value), instead in _LATER.items()
-            if getattr(self, name) == value
-        ]
 
     @property
     def resolved_margin(self) -> float:

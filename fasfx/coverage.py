@@ -24,6 +24,7 @@ FREE: dict[str, frozenset[Any]] = {
     "moves values, or looks them up": frozenset(MOVES)
     | {
         aten.embedding.default,
+        ops.integer_embedding.op,
         aten.expand_as.default,
         aten.index.Tensor,
         aten.gather.default,
@@ -180,6 +181,8 @@ def _synapse_row(gm: GraphModule, carriers: Carriers, node: Node, positions: tup
     reason = f"operand {missing[0]} carries float values" if missing else ""
     if missing and is_skipped(gm, node):
         reason = "its module is in config.skip"
+    if not missing:  # how it is driven
+        reason = "; ".join(d.reason for d in facts(gm).declined if d.node == node.name and d.pass_name == "lower")
     macs = _number(SYNAPSES.get(node.target, PRODUCT).macs(node))
     return Row(node.name, module_path(node), _name(node), SYNAPSE, macs, not missing, reason)
 

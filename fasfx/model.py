@@ -160,9 +160,8 @@ class SpikingModel(nn.Module):
                 _, sent = recorder.run(*inputs, torch.tensor(tick, device=inputs[0].device), *sent)
 
     def _static_thresholds(self) -> dict[str, Tensor]:
-        dynamic = self.spike_config.resolved_granularity == "token"
         sites = facts(self.ranged).sites
-        return {n: t for n, t in thresholds(self.ranged).items() if not dynamic or sites[n].fixed is not None}
+        return {n: t for n, t in thresholds(self.ranged).items() if not sites[n].dynamic}
 
     @property
     def input_names(self) -> list[str]:
@@ -252,8 +251,10 @@ class SpikingModel(nn.Module):
         """Export for ONNX Runtime with dynamic batch and length, in the layout of transformers' ExportedModel.
 
         Opset 18 is the newest whose control and comparison operators all have CUDA kernels in ONNX Runtime.
-        form: for a synchronous network "loop" (the default), all ticks in one call, T an input with the network's own
-        as default; or "step", one tick with the states as inputs and outputs, for hosts that stream.
+        form: with weights="int8" "integer" (the default), or "closed", the same counts in float, for runtimes without
+        integer products (WebGPU). For a synchronous network "loop" (the default), all ticks in one call, T an input
+        with the network's own as default; or "step", one tick with the states as inputs and outputs, for hosts that
+        stream.
         """
         from fasfx.runtime.export import export
 
@@ -267,5 +268,5 @@ def depth(gm: GraphModule) -> int:
     levels: dict[torch.fx.Node, int] = {}
     for node in gm.graph.nodes:
         before = max((levels[n] for n in node.all_input_nodes), default=0)
-        levels[node] = before + (node.target in (ops.count.op, ops.tick.op))
+        levels[node] = before + (node.target in ops.CLOSED | {ops.tick.op})
     return max(levels.values(), default=0)

@@ -32,8 +32,11 @@ class Site:
     signed:  whether the value can be negative (from the operator that made it, not from data).
     peak:    largest |value| seen in calibration, shape of the channel dims ([] until observed).
     tail:    99.9th percentile of |value|, largest over the batches; same shape.
+    rms:     root of the mean square seen in calibration, same shape, of a dynamic one's over its row's largest |value|;
+             only where weights are to be int8.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
     population: neurons per value, each with T spikes; 2 where it meets another value element by element.
+    dynamic: whether the threshold is each row's own, its largest |value| (granularity "token", or smooth).
     theta:   the threshold that stage I trained, which then holds instead of the calibrated one.
     tuned:   the one that stage II found, which holds before both.
     initial: initial membrane potential that stage II found, on top of theta / 2; same unit, broadcasts like theta.
@@ -45,8 +48,10 @@ class Site:
     signed: bool
     fixed: float | None = None
     population: int = 1
+    dynamic: bool = False
     peak: Tensor | None = None
     tail: Tensor | None = None
+    rms: Tensor | None = None
     theta: Tensor | None = None
     tuned: Tensor | None = None
     initial: Tensor | None = None

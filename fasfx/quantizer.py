@@ -14,7 +14,7 @@ from fasfx.capture import program
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.model import SpikingModel
-from fasfx.passes import Normalise, Observe
+from fasfx.passes import Normalise, Observe, Rotate, Smooth
 from fasfx.runner import Runner
 
 
@@ -37,8 +37,6 @@ class SpikeQuantizer(ExportQuantizer):  # type: ignore[misc]
     ) -> None:
         super().__init__(calibration_dataset)
         self.config = config or SpikeConfig()
-        if missing := self.config.unavailable():
-            raise ConfigError("; ".join(missing))
         if self.config.schedule == "synchronous":
             raise ConfigError("a synchronous network's inputs are not the model's alone: use SpikingModel.to_onnx")
 
@@ -47,5 +45,5 @@ class SpikeQuantizer(ExportQuantizer):  # type: ignore[misc]
         captured = program(model, self.config, {})
         with torch.no_grad():
             observe = Observe(self.traced_calibration(sample_inputs))
-            ranged = Runner([Normalise(), observe]).run(captured)
+            ranged = Runner([Normalise(), Rotate(), observe, Smooth()]).run(captured)
         return SpikingModel(ranged).graph_module

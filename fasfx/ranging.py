@@ -13,8 +13,7 @@ from torch.fx import GraphModule
 from fasfx.calibration import first_and_all
 from fasfx.capture import capture
 from fasfx.config import SpikeConfig
-from fasfx.errors import ConfigError
-from fasfx.passes import Normalise, Observe
+from fasfx.passes import Normalise, Observe, Rotate, Smooth
 from fasfx.program import facts
 from fasfx.runner import Runner
 
@@ -32,16 +31,15 @@ def calibrate(
 
     training: see fasfx.capture.capture.
     """
-    if missing := config.unavailable():
-        raise ConfigError("; ".join(missing))
     report = progress or (lambda stage, done, total: None)
     first, batches, total = first_and_all(model, calibration)
     report("capture", 0, 1)
     captured = capture(model, first, config, training)
     report("capture", 1, 1)
     observe = Observe(batches, on_batch=lambda done: report("observe", done, total))
+    passes = [Normalise(), Rotate(), observe, Smooth()]
     with torch.no_grad():
-        return Runner([Normalise(), observe], after=lambda name, _: report(name, 1, 1)).run(captured)
+        return Runner(passes, after=lambda name, _: report(name, 1, 1)).run(captured)
 
 
 def observe_again(gm: GraphModule, batches: Iterable[Any], progress: Progress | None = None) -> GraphModule:

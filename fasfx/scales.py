@@ -54,7 +54,7 @@ class Scaler:
         weight = node.args[position]
         assert isinstance(weight, Node)
         if weight not in self._owned:
-            value = self._value(weight)
+            value = self.value_of(weight)
             new = add_tensor(self._gm, f"{node.name}_arg{position}", value * factor.to(value), node)
             self._owned.add(new)
             self._fixed.add(new)
@@ -62,11 +62,11 @@ class Scaler:
             return
         attribute(self._gm, str(weight.target)).mul_(factor.to(attribute(self._gm, str(weight.target))))
 
-    def _value(self, node: Node) -> Tensor:
+    def value_of(self, node: Node) -> Tensor:
         """The tensor a fixed node stands for."""
         if node.op == "get_attr":
             return attribute(self._gm, str(node.target)).detach()  # type: ignore[no-any-return]
-        inputs = [self._value(n) for n in node.all_input_nodes]
+        inputs = [self.value_of(n) for n in node.all_input_nodes]
         lookup = dict(zip(node.all_input_nodes, inputs, strict=True))
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lookup.__getitem__)
         with torch.no_grad():
@@ -112,9 +112,9 @@ class Scaler:
         """x * constant: hand the whole factor on, or change the constant."""
         x, factor = arg(node, 0), arg(node, 1)
         number = isinstance(factor, int | float)
-        if not number and not self.is_fixed(factor):
-            return False
-        total: Tensor = scale * (factor if number else self._value(factor))
+        if not number and not self.is_fixed(factor):  # of two values either may take it
+            return any(isinstance(value, Node) and self.absorb(value, scale) for value in (factor, x))
+        total: Tensor = scale * (factor if number else self.value_of(factor))
         if isinstance(x, Node) and self.absorb(x, total):
             node.replace_all_uses_with(arg(node, 0))  # x itself may have been a factor that is gone now
             self._gm.graph.erase_node(node)

@@ -53,6 +53,8 @@ CONVOLUTIONS |= {aten.conv1d.padding, aten.conv2d.padding}
 TRANSPOSED_CONVOLUTIONS = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input})
 SYNAPSES: dict[Any, Synapse] = {
     aten.linear.default: Synapse((0, 1), _linear_macs),
+    ops.integer_linear.op: Synapse((0,), _linear_macs),
+    ops.integer_matmul.matmul: Synapse((0, 1), _matmul_macs),
     aten.matmul.default: Synapse((0, 1), _matmul_macs),
     **dict.fromkeys(CONVOLUTIONS, Synapse((0,), _conv_macs)),
     **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, Synapse((0,), _transposed_conv_macs)),
@@ -72,6 +74,7 @@ UNSUPPORTED_WORDS = (
     "bilinear",
 )
 _LOOKUPS = {aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default}
+_LOOKUPS |= {ops.integer_embedding.op}
 # Activation functions in the sense of FAS: what coverage="activation" sends, and activation="replace" replaces.
 ACTIVATIONS = frozenset(
     {
@@ -128,8 +131,10 @@ class Carriers:
 
     def is_sent(self, node: Any) -> bool:
         """Whether a value comes out of a neuron: as a count, as a firing rate, or decoded by an explicit scale."""
+        while is_byte(node) and node.target in MOVES:
+            node = node.args[0]
         return isinstance(node, Node) and (
-            node.target in ops.NEURONS
+            node.target in ops.NEURONS | {ops.integer_matmul.value}
             or is_firing_rate(node)
             or (node.target is aten.mul.Tensor and self._is_decoded(node))
         )
@@ -146,6 +151,12 @@ def _is_per_row(node: Node) -> bool:
     return value is not None and value.dim() > 0 and value.shape[-1] == 1
 
 
+def is_byte(node: Any) -> bool:
+    """Whether a node of a lowered program is a spike count as a byte, perhaps moved."""
+    value = fake(node)
+    return value is not None and value.dtype == torch.uint8 and node.op == "call_function"
+
+
 def is_firing_rate(node: Node) -> bool:
     """Spikes so far over ticks so far, one factor for the whole network: the running estimate of a rate code."""
     return node.target is aten.div.Tensor and getattr(node.args[0], "target", None) is ops.tick.op
@@ -159,7 +170,7 @@ def carried_values(gm: GraphModule) -> set[Node]:
     """
     found: set[Node] = set()
     for node in gm.graph.nodes:
-        if not any(leaf.is_floating_point() for leaf in _tensors(node)):
+        if not any(leaf.is_floating_point() for leaf in _tensors(node)) and not is_byte(node):
             continue
         given = node.op == "placeholder" or (node.target in _LOOKUPS and _depends_on_input(node))
         if given or any(n in found for n in node.all_input_nodes):

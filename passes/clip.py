@@ -45,7 +45,7 @@ class Clip(Pass):
         for site in facts(gm).sites.values():
             value = nodes[site.name]
             before = next(n for n in _from(value.next) if n.op != "placeholder")
-            if config.resolved_granularity == "token" and site.fixed is None:
+            if site.dynamic:
                 threshold, top = _per_row(gm, value, before, config), None
             else:
                 threshold = add_tensor(gm, f"theta_{site.name}", theta[site.name], before, trainable=True)
@@ -104,7 +104,7 @@ def _spiking_users(live: set[Node], value: Node, site: Site) -> list[Node]:
 def _per_row(gm: GraphModule, value: Node, before: Node, config: SpikeConfig) -> Node:
     """The dynamic threshold of each row: largest |x| over the last dim, times margin."""
     peak = insert(gm, before, value, aten.amax.default, insert(gm, before, value, aten.abs.default, value), [-1], True)
-    margin, smallest = config.resolved_margin, config.unit(config.timesteps) * torch.finfo(torch.float32).tiny
+    margin, smallest = config.margin or 1, config.unit(config.timesteps) * torch.finfo(torch.float32).tiny
     scaled = peak if margin == 1 else insert(gm, before, value, aten.mul.Tensor, peak, margin)
     return insert(gm, before, value, aten.clamp.default, scaled, smallest)
 
@@ -143,12 +143,17 @@ def _threshold(site: Site, config: SpikeConfig, product: bool, summed: bool) -> 
     theta = whole * margin
     # Element by element, scales per channel cost nothing; between the layers they would not leave a sum.
     if config.resolved_granularity == "channel" or (config.granularity is None and site.population > 1):
-        floor = torch.quantile(seen.flatten().float(), QUIET).to(seen)
-        if not product:  # one massive channel must not coarsen the others, nor must many that are alike
-            floor = torch.minimum(floor, whole / 8)
         # Unseen factors of a product exceed their maxima by the margin each, the product by its square.
-        theta = margin ** (2 if product else 1) * torch.hypot(seen, CHANNEL_FLOOR * floor)
+        theta = margin ** (2 if product else 1) * floored(seen, product)
     return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold
+
+
+def floored(seen: Tensor, product: bool) -> Tensor:
+    """What channels [..] that were quiet in calibration may reach on other text: their peaks, and a floor for all."""
+    floor = torch.quantile(seen.flatten().float(), QUIET).to(seen)
+    if not product:  # one massive channel must not coarsen the others, nor must many that are alike
+        floor = torch.minimum(floor, seen.amax() / 8)
+    return torch.hypot(seen, CHANNEL_FLOOR * floor)
 
 
 def _couple(theta: dict[str, Tensor], node: Node) -> None:

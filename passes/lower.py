@@ -5,6 +5,7 @@ fire(u, N)  ->  count(u)            (static thresholds: u is in count units)
 fire(x, theta)  ->  count(x * (N / theta)) * (theta / N)   (dynamic thresholds)
 Synchronous: the step graph of fasfx.step, called once per tick.
 group(x)  ->  lookup(x)   (its closed form)
+weights="int8": weights become int8, counts bytes, their products integer (fasfx.integer).
 Dropout goes: a lowered program is for inference.
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.integer import scale_rows_after, send_bytes, use_int8_weights
 from fasfx.ops.lookup import Cells, cells_of, table_of
 from fasfx.program import add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
@@ -27,9 +29,15 @@ aten = torch.ops.aten
 class Lower(Pass):
     """Neurons become what runs: their closed form, exact because a sequential network's neurons see constant input,
     or one tick with explicit state.
+
+    bytes_travel: with weights="int8", whether spike counts that fit travel as bytes and meet weights in integers; else
+                  the same counts travel in float, for runtimes without integer products.
     """
 
     name, takes, gives = "lower", "FOLDED", "LOWERED"
+
+    def __init__(self, bytes_travel: bool = True) -> None:
+        self._bytes_travel = bytes_travel
 
     def rewrite(self, gm: GraphModule) -> bool:
         """Replace every neuron; remove dropout."""
@@ -40,6 +48,11 @@ class Lower(Pass):
             make_step_graph(gm)
         else:
             close(gm)
+        if facts(gm).config.weights == "int8":
+            scale_rows_after(gm)
+            use_int8_weights(gm)
+            if self._bytes_travel:
+                send_bytes(gm)
         look_up(gm)
         return True
 

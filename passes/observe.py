@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx.errors import CalibrationError, ConfigError
 from fasfx.levels import is_skipped, spiking_operands
+from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
 from fasfx.program import Site, arg, describe, facts, module_path
 from fasfx.runner import Pass
@@ -20,6 +21,7 @@ from fasfx.synapses import (
     RELAYS,
     SYNAPSES,
     activations,
+    carried_values,
     channel_dims,
     non_negative,
     operand,
@@ -60,6 +62,8 @@ class Observe(Pass):
             done += 1
             if self._on_batch:
                 self._on_batch(done)
+        for site in facts(gm).sites.values():
+            site.rms = None if site.rms is None else (site.rms / max(done, 1)).sqrt()
         if not done:
             raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
         return False
@@ -93,7 +97,20 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
     if config.coverage == "activation" or config.activation == "replace":
         for value in _sent_activations(gm):
             found.setdefault(value, _activation_site(value, signed=not (non_negative(value) or value in replaced)))
+    values = carried_values(gm)
+    for node, site in found.items():
+        token = config.resolved_granularity == "token" and site.fixed is None
+        site.dynamic = token or (site.channel == (-1,) and _is_gated(gm, node, values))
     return {node.name: found[node] for node in gm.graph.nodes if node in found}
+
+
+def _is_gated(gm: GraphModule, node: Node, values: set[Node]) -> bool:
+    """Whether a value is a product of two, whose rows differ too much for one threshold of counts that are bytes."""
+    config = facts(gm).config
+    asked = config.weights == "int8" and config.granularity is None and CODES[config.code].rounds
+    if not asked or facts(gm).trainable:
+        return False
+    return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
 
 
 def replaced_activations(gm: GraphModule) -> dict[Node, Node]:
@@ -141,6 +158,7 @@ class _Watcher(Interpreter):
         self._sites, self.batch = facts(gm).sites, 0
         self._ranges = facts(gm).ranges
         self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
+        self._squares = facts(gm).config.weights == "int8"
         self._tails = facts(gm).config.threshold == "percentile"
 
     def run_node(self, n: Node) -> Any:
@@ -164,6 +182,12 @@ class _Watcher(Interpreter):
         peak = peak.reshape(peak.shape[peak.dim() - depth :])
         _require_finite(peak, node, self.batch)
         site.peak = peak if site.peak is None else torch.maximum(site.peak, peak)
+        if self._squares:
+            if site.dynamic:  # what a row's own threshold sees: its values over the largest of them
+                value = value / value.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
+            others = [d for d in range(-value.dim(), 0) if d not in site.channel]
+            square = (value.square().mean(others) if others else value.square()).reshape(peak.shape)
+            site.rms = square if site.rms is None else site.rms + square
         if self._tails:
             tail = _tail(value, site.channel).reshape(peak.shape)
             site.tail = tail if site.tail is None else torch.maximum(site.tail, tail)

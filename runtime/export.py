@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fasfx.errors import ConfigError
 from fasfx.ops.precision import mantissa_bits, needs_double
-from fasfx.program import facts, fake
+from fasfx.passes import Clip, Fold, Lower, Substitute
+from fasfx.program import facts, fake, freeze
+from fasfx.runner import Runner
 from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
 from fasfx.runtime.rules import for_runtime
 from fasfx.runtime.ticks import StepGraph
@@ -23,7 +25,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "export.json"
 OPSETS = range(18, 24)  # torch's exporter writes 18 and converts upwards; other numbers it ignores
-FORMS = {"sequential": ("closed",), "synchronous": ("loop", "step")}  # the first is the default
+FORMS = {  # the first is the default
+    "sequential": ("closed",),
+    "sequential, int8": ("integer", "closed"),
+    "synchronous": ("loop", "step"),
+}
 
 
 def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str | None = None) -> None:
@@ -33,24 +39,27 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     """
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    forms = FORMS[model.schedule]
+    integer = model.schedule == "sequential" and model.spike_config.weights == "int8"
+    forms = FORMS["sequential, int8" if integer else model.schedule]
     form = form or forms[0]
     if form not in forms:
         raise ConfigError(f"form={form!r}: a {model.schedule} network is exported as {' or '.join(forms)}")
     if opset_version not in OPSETS:
         raise ConfigError(f"opset {opset_version} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
-    if form != "closed":
+    ticks = form in FORMS["synchronous"]
+    if ticks:
         _require_exportable(model, form)
     inputs = example_inputs(model)
     shapes = _shapes(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset_version, optimize=False)
-    module = _Closed(model) if form == "closed" else _Step(model)
+    closed = _in_float(model) if integer and form == "closed" else model.graph_module
+    module = _Step(model) if ticks else _Closed(closed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs
         exported = OnnxExporter().export(module, inputs, config)
     (component,) = exported.components.values()
     component.program = for_runtime(component.program)
-    if form != "closed":
+    if ticks:
         name_states(component.program, facts(model.graph_module))
     if form == "loop":
         wrap_in_loop(component, facts(model.graph_module))
@@ -78,12 +87,19 @@ def _require_exportable(model: SpikingModel, form: str) -> None:
 class _Closed(torch.nn.Module):
     """The lowered program with a forward that takes exactly its inputs by name."""
 
-    def __init__(self, model: SpikingModel) -> None:
+    def __init__(self, program: GraphModule) -> None:
         super().__init__()
-        self.program = model.graph_module
+        self.program = program
 
     def forward(self, **inputs: Tensor) -> Any:
         return self.program(**inputs)
+
+
+def _in_float(model: SpikingModel) -> GraphModule:
+    """The same network, its spike counts in float."""
+    program = Runner([Clip(), Substitute(), Fold(), Lower(bytes_travel=False)]).run(model.ranged)
+    freeze(program)
+    return program
 
 
 class _Step(torch.nn.Module):

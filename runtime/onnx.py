@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
+SLOW = "SkipLayerNormFusion"  # ONNX Runtime's fused sum and norm takes longer on a CPU than the two do
+
+
 class OnnxModel:
     """An exported spiking network in ONNX Runtime, called like the model it came from.
 
@@ -40,6 +43,7 @@ class OnnxModel:
                 f"{folder} holds no ONNX export ({MANIFEST} is missing): make one with `fasfx export`"
             )
         options = ort.SessionOptions()
+        options.add_session_config_entry("optimization.disable_specified_optimizers", SLOW)
         if threads is not None:
             options.intra_op_num_threads = threads
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -81,14 +81,14 @@ class SpikeRecorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         """Note the spikes of a neuron, running it."""
         result = super().run_node(n)
-        if n.target in (ops.count.op, ops.tick.op):
+        if n.target in ops.CLOSED | {ops.tick.op}:
             self._record(n, result)
         return result
 
     def _record(self, node: Node, result: Tensor) -> None:
         arguments: Any = self.map_nodes_to_values(node.args, node)
         site = str(node.meta["site"])
-        if node.target is ops.count.op:
+        if node.target in ops.CLOSED:
             u, code, steps, levels, signed = arguments
             events = ops.CODES[code].spikes(u, steps, levels, signed)
         else:

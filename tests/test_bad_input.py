@@ -224,12 +224,6 @@ def test_radix_beyond_exact_counts() -> None:
         fasfx.SpikeConfig(code="radix", timesteps=25)
 
 
-def test_what_this_version_lacks_is_said_before_any_work() -> None:
-    config = fasfx.SpikeConfig.integer()
-    with pytest.raises(ConfigError, match="is not available in this version of fasfx: use"):
-        fasfx.convert(Plain(), config=config)
-
-
 # --- writing --------------------------------------------------------------------------------------------
 
 

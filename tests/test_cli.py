@@ -318,7 +318,6 @@ def options(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "schedule": (("--schedule", "asynchronous"), "'sequential', 'synchronous'"),
         "radix ticks": (("--schedule", "synchronous", "--code", "radix"), "no synchronous schedule"),
         "preset": (("--preset", "best"), "choose one of fas, low_latency, integer"),
-        "preset of later": (("--preset", "integer"), "is not available in this version of fasfx: use"),
         "radix steps": (("--code", "radix", "--timesteps", 30), "not exact"),
         "no file": (("--calibration", place / "none.txt"), "No such file"),
         "folder as file": (("--calibration", place), "cannot read"),

@@ -79,9 +79,7 @@ def test_onnx_runtime_fuses_the_exported_gelu_and_clips_no_exponential(tmp_path:
     assert fused["Gelu"] + fused["BiasGelu"] == layers
 
 
-def test_spike_quantizer_refuses_what_this_version_lacks() -> None:
-    with pytest.raises(ConfigError, match="int8"):
-        fasfx.SpikeQuantizer(fasfx.SpikeConfig.integer())
+def test_spike_quantizer_refuses_a_synchronous_network() -> None:
     with pytest.raises(ConfigError, match="SpikingModel.to_onnx"):
         fasfx.SpikeQuantizer(fasfx.SpikeConfig.low_latency())
 

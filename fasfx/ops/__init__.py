@@ -1,11 +1,39 @@
 """Custom operators: one file each, with shape rule, closed or stepwise form, gradient and ONNX form."""
 
-from fasfx.ops import count, fire, group, lookup, qcfs, tick
+from fasfx.ops import (
+    byte_count,
+    count,
+    fire,
+    group,
+    integer_embedding,
+    integer_linear,
+    integer_matmul,
+    lookup,
+    qcfs,
+    tick,
+)
 from fasfx.ops.codes import CODES, Code
 
-# The shape rule of every operator here: the result is like its first argument.
-NEURONS = frozenset({qcfs.op, fire.op, count.op, tick.op})
+CLOSED = frozenset({count.op, byte_count.op})  # closed forms of a sequential network's neurons
+NEURONS = CLOSED | {qcfs.op, fire.op, tick.op}
 GROUPS = frozenset({group.op, lookup.op})
-LIKE_FIRST = NEURONS | GROUPS
+LIKE_FIRST = (NEURONS | GROUPS) - {byte_count.op}  # their shape rule: the result is like the first argument
 
-__all__ = ["CODES", "GROUPS", "LIKE_FIRST", "NEURONS", "Code", "count", "fire", "group", "lookup", "qcfs", "tick"]
+__all__ = [
+    "CLOSED",
+    "CODES",
+    "GROUPS",
+    "LIKE_FIRST",
+    "NEURONS",
+    "Code",
+    "byte_count",
+    "count",
+    "fire",
+    "group",
+    "integer_embedding",
+    "integer_linear",
+    "integer_matmul",
+    "lookup",
+    "qcfs",
+    "tick",
+]

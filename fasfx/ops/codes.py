@@ -46,6 +46,7 @@ class Code:
     decode:   events -> n, the weighted sum of the spikes.
     ticking:  one tick of the synchronous schedule; None if the code has none.
     settled:  steps after which a neuron group need not become more exact: those of a bound of about 2^-14 (rate 2^-12).
+    rounds:   whether the closed form is round and clip, so that every count in between can be sent.
     activity: (u, steps) -> a smooth number of spikes, for losses that ask for fewer; no bound is claimed for it.
     bound:    largest |x - decoded x| for |x| <= theta and constant input, a sympy expression.
     source:   paper the neuron is from.
@@ -58,6 +59,7 @@ class Code:
     decode: Callable[[Tensor, int], Tensor]
     ticking: Ticking | None
     settled: int
+    rounds: bool
     activity: Callable[[Tensor, int], Tensor]
     bound: sympy.Expr
     source: str
@@ -89,6 +91,7 @@ RATE = Code(
     decode=rate.decode,
     ticking=Ticking(rate.unit, rate.tick, rate.reach, True, rate.event),
     settled=2048,
+    rounds=True,
     activity=rate.activity,
     bound=THETA / (2 * T),
     source="Bu et al., ICLR 2022 (QCFS), eq. 9; FAS, arXiv 2502.04405",
@@ -101,6 +104,7 @@ RADIX = Code(
     decode=radix.decode,
     ticking=None,
     settled=14,
+    rounds=True,
     activity=radix.activity,
     bound=THETA / (2 * (2**T - 1)),
     source="Stoeckl & Maass, Nature Machine Intelligence 2021; LAS, arXiv 2505.09659",
@@ -113,6 +117,7 @@ MULTI = Code(
     decode=multi.decode,
     ticking=Ticking(multi.unit, multi.tick, multi.reach, False, multi.event),
     settled=7,
+    rounds=False,
     activity=multi.activity,
     bound=THETA * sympy.Max(sympy.Integer(4) ** (-T), sympy.Integer(2) ** (-LEVELS)),
     source="ECMT, arXiv 2502.21193; the nearest power of two in the linear sense quarters the worst case",

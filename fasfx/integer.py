@@ -1,0 +1,148 @@
+"""The integer form of a closed network: spike counts as bytes, weights as int8, products in integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from fasfx import ops
+from fasfx.ledger import Bound, Entry
+from fasfx.ops.byte_count import LARGEST, fits, pair_limit, zero_of
+from fasfx.program import Declined, add_tensor, arg, facts, fake, insert, module_path
+from fasfx.scales import Scaler
+from fasfx.synapses import Carriers
+
+aten = torch.ops.aten
+MOVED: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default)
+ROUNDED = Bound(sympy.Symbol("step", positive=True) / 2, "error of one weight; step: its output channel's")
+
+
+def scale_rows_after(gm: GraphModule) -> None:
+    """(n * row scale) @ W' + bias  ->  (n @ W') * row scale + bias: the counts themselves meet the weights."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        decoded: Any = arg(node, 0)
+        if decoded.target is not aten.mul.Tensor or getattr(decoded.args[0], "target", None) is not ops.count.op:
+            continue
+        counts, rows = decoded.args
+        if (value := fake(rows)) is None or value.dim() == 0 or value.shape[-1] != 1:
+            continue
+        product = insert(gm, node, node, aten.linear.default, counts, node.args[1])
+        current = insert(gm, node, node, aten.mul.Tensor, product, rows)
+        new = current if len(node.args) < 3 else insert(gm, node, node, aten.add.Tensor, current, node.args[2])
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+
+
+def use_int8_weights(gm: GraphModule) -> None:
+    """Round the weights of every linear layer that reads spikes, after folding, and embeddings to int8.
+
+    One scale per output channel, or per row of an embedding. Symmetric, and two adjacent weights of a layer so small
+    that a processor which sums their products in 16 bits does not saturate.
+    """
+    scaler, carriers = Scaler(gm), Carriers(gm)
+    for node in list(gm.graph.nodes):
+        if node.target is aten.linear.default and carriers.is_sent(node.args[0]) and scaler.is_fixed(node.args[1]):
+            _round_layer(gm, scaler, node)
+        elif node.target is aten.embedding.default and scaler.is_fixed(node.args[0]):
+            weight, scale = rounded(scaler.value_of(arg(node, 0)), 2 * LARGEST)
+            stored = weight.t().contiguous(), scale[:, None]
+            _replace(gm, node, ops.integer_embedding.op, stored, lambda n, at: (*at, n.args[1]))
+
+
+def _round_layer(gm: GraphModule, scaler: Scaler, node: Node) -> None:
+    neuron: Any = arg(node, 0)
+    pair = pair_limit(*neuron.args[1:]) if neuron.target is ops.count.op else 2 * LARGEST
+    bias = arg(node, 2) if len(node.args) > 2 else None
+    stored = rounded(scaler.value_of(arg(node, 1)), pair)
+    _replace(gm, node, ops.integer_linear.op, stored, lambda n, at: (neuron, *at, bias, 0))
+
+
+def _replace(gm: GraphModule, node: Node, target: Any, stored: tuple[Tensor, Tensor], arguments: Any) -> None:
+    """Put an operator with int8 weights in the place of a node; the ledger says what that costs."""
+    at = [add_tensor(gm, f"{node.name}_{n}", v, node) for n, v in zip(("int8", "scale"), stored, strict=True)]
+    new = insert(gm, node, node, target, *arguments(node, at))
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
+    facts(gm).ledger.add(
+        Entry("lower", "int8_weights", new.name, module_path(new), ROUNDED, float(stored[1].max()) / 2)
+    )
+
+
+def rounded(weight: Tensor, pair: int) -> tuple[Tensor, Tensor]:
+    """weight [O, I] -> (int8 [I, O], scale [O]): the nearest, in [-127, 127], two adjacent ones of at most `pair`."""
+    scale = step(weight, pair)
+    return (weight / scale[:, None]).round().to(torch.int8).t().contiguous(), scale
+
+
+def step(weight: Tensor, pair: int) -> Tensor:
+    """The distance [O] between two int8 weights of an output channel of weight [O, I]."""
+    two = F.pad(weight.abs(), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).sum(2).amax(1) / (
+        pair - 1
+    )  # each may be rounded up by a half
+    return torch.maximum(two, weight.abs().amax(1) / LARGEST).clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def send_bytes(gm: GraphModule) -> None:
+    """Counts that meet int8 weights, or each other, travel as bytes where they fit; other readers see their value."""
+    sent: dict[Node, Node] = {}
+    for neuron in gm.graph.find_nodes(op="call_function", target=ops.count.op):
+        if readers := [user for user in neuron.users if _is_product(user)]:
+            if why := why_not_bytes(neuron):
+                facts(gm).declined += [Declined("lower", "send_bytes", reader.name, why) for reader in readers]
+            else:
+                sent[neuron] = _as_byte(gm, neuron)
+    for node in list(gm.graph.nodes):
+        bytes_read = [sent.get(value) for value in node.args[:2]] if _is_product(node) else []
+        if node.target is aten.matmul.default and all(bytes_read):
+            a, b = bytes_read
+            product = insert(gm, node, node, ops.integer_matmul.matmul, a, b, _zero(a), _zero(b))
+            node.replace_all_uses_with(product)
+            gm.graph.erase_node(node)
+        elif node.target is ops.integer_linear.op and bytes_read[0]:
+            node.update_arg(0, bytes_read[0])
+            node.update_arg(4, _zero(bytes_read[0]))
+    for neuron, byte in sent.items():
+        if neuron.users:
+            neuron.replace_all_uses_with(insert(gm, neuron, neuron, ops.integer_matmul.value, byte, _zero(byte)))
+        gm.graph.erase_node(neuron)
+
+
+def _is_product(node: Node) -> bool:
+    return node.target in (ops.integer_linear.op, aten.matmul.default)
+
+
+def _as_byte(gm: GraphModule, neuron: Node) -> Node:
+    """The same neuron with a byte as output; before a view or transpose of its input, so that bytes are moved."""
+    moves: list[Any] = []
+    value: Any = neuron.args[0]
+    while value.target in MOVED and len(value.users) == 1:
+        moves.append(value)
+        value = value.args[0]
+    first = moves[-1] if moves else neuron
+    byte = insert(gm, first, neuron, ops.byte_count.op, value, *neuron.args[1:])
+    for move in reversed(moves):
+        byte = insert(gm, move, move, move.target, byte, *move.args[1:])
+    return byte
+
+
+def _zero(byte: Any) -> int:
+    """The byte of no spikes of the neuron behind a value."""
+    while byte.target is not ops.byte_count.op:
+        byte = byte.args[0]
+    return zero_of(*byte.args[1:])
+
+
+def why_not_bytes(neuron: Node) -> str:
+    """Why the counts of a neuron do not travel as bytes; "" if they do."""
+    code, steps, levels, _ = tuple[Any, ...](neuron.args[1:])
+    if fits(code, steps, levels):
+        return ""
+    top = ops.CODES[code].capacity(steps, levels)
+    if not ops.CODES[code].rounds:
+        return f"a {code} neuron sends powers of two up to {top}: its counts stay float"
+    return f"counts up to {top} do not fit in a byte: they stay float; {code} with fewer time steps fits"

@@ -1,0 +1,40 @@
+"""Orthogonal matrices that spread a vector's large entries over all of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rotation(size: int) -> Tensor:
+    """[size, size] in float64: a Hadamard matrix, its rows with random signs; sizes that are no power of two times
+    an odd number take a cosine transform for the odd part.
+
+    Source: QuaRot, Ashkboos et al., NeurIPS 2024, section 3.
+    """
+    power = size & -size
+    signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return signs * torch.kron(hadamard(power), cosines(size // power).contiguous())
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's, for a power of two, orthonormal."""
+    found = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(size.bit_length() - 1):
+        found = torch.kron(found, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2))
+    return found
+
+
+def cosines(size: int) -> Tensor:
+    """The orthonormal discrete cosine transform (type II)."""
+    k, n = torch.meshgrid(*[torch.arange(size, dtype=torch.float64)] * 2, indexing="ij")
+    found = torch.cos(math.pi * k * (2 * n + 1) / (2 * size)) * math.sqrt(2 / size)
+    found[0] /= math.sqrt(2)
+    return found
+
+
+def without_mean(size: int) -> Tensor:
+    """x @ this is x - mean(x): what a layer norm does first."""
+    return torch.eye(size, dtype=torch.float64) - 1 / size

@@ -1,0 +1,39 @@
+"""NORMAL -> NORMAL: what flows between layers is rotated, so that no channel stands out; nothing else changes.
+
+A pre-norm network's residual stream x becomes x Q, with an orthogonal Q that goes into the weights that write to the
+stream and into those that read its norms; attention's values are rotated head by head, into the layers before and
+after. Only with weights="int8": even ranges leave int8 weights and one-byte counts the most of their precision.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from fasfx.program import Declined, facts
+from fasfx.rotating import Stream, Values, find_streams, find_values, rotate_stream, rotate_values
+from fasfx.runner import Pass
+
+
+class Rotate(Pass):
+    """Rotate residual streams and attention values.
+
+    Exact up to float rounding.   Source: QuaRot, Ashkboos et al., NeurIPS 2024; SliceGPT, ICLR 2024 (layer norms).
+    Rules: rotate_stream, rotate_values. A stream declines where something other than a norm, a sum or a linear layer
+    reads or writes it (post-norm networks), with the node and the reason.
+    """
+
+    name, takes, gives = "rotate", "NORMAL", "NORMAL"
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        """True if anything was rotated. Nothing while a network is trained: its weights keep their meaning."""
+        if facts(gm).config.weights != "int8" or facts(gm).trainable:
+            return False
+        streams, values = find_streams(gm), find_values(gm)
+        facts(gm).declined += [one for one in (*streams, *values) if isinstance(one, Declined)]
+        for stream in streams:
+            if isinstance(stream, Stream):
+                rotate_stream(gm, stream)
+        for heads in values:
+            if isinstance(heads, Values):
+                rotate_values(gm, heads)
+        return bool(streams or values)

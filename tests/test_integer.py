@@ -1,0 +1,322 @@
+"""The integer form: counts as bytes, int8 weights, products in integers; and the passes that prepare ranges for it."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import fasfx
+from fasfx import ops
+from fasfx.integer import rounded
+from fasfx.ops.byte_count import WIDEST, fits, pair_limit, zero_of
+from fasfx.ops.integer_matmul import EXACT
+from fasfx.orthogonal import rotation
+from fasfx.program import facts
+from fasfx.runtime import OnnxModel
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+NEURONS = [("radix", steps, 20, signed) for steps in range(1, 8) for signed in (True, False)]
+NEURONS += [("rate", 127, 20, True), ("rate", 5, 20, False)]
+SIZE: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, Any] = {
+    "bert": lambda: BertModel(BertConfig(**SIZE, intermediate_size=80)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=97, n_positions=64)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, intermediate_size=80, num_key_value_heads=2)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**SIZE, ffn_dim=80, word_embed_proj_dim=48)),
+    "vit": lambda: ViTForImageClassification(
+        ViTConfig(image_size=16, patch_size=4, hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+    ),
+}
+
+
+def uneven(family: str) -> nn.Module:
+    """A tiny model whose norms' weights and biases matter, and whose channels differ in range."""
+    torch.manual_seed(0)
+    model: nn.Module = FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, float(name.endswith("weight")), 0.3)
+            with torch.no_grad():
+                parameter[len(parameter) // 5] *= 20
+    return model
+
+
+def batch(family: str, rows: int = 2, length: int = 9, seed: int = 0) -> dict[str, Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=source)}
+    ids = torch.randint(3, 90, (rows, length), generator=source)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def converted(family: str, **changes: Any) -> tuple[nn.Module, fasfx.SpikingModel]:
+    model = uneven(family)
+    extra = {"use_cache": False} if family in ("gpt2", "llama", "opt") else {}
+    return model, fasfx.convert(model, [batch(family) | extra], fasfx.SpikeConfig.integer(**changes))
+
+
+@torch.no_grad()
+def error(model: Any, other: Any, inputs: dict[str, Tensor]) -> float:
+    wanted, found = model(**inputs)[0], other(**inputs)[0]
+    return float((found - wanted).norm() / wanted.norm())
+
+
+# --- operators -------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(NEURONS), st.lists(st.floats(-300, 300, width=32), min_size=1, max_size=20))
+def test_bytes_are_the_counts_but_for_ties(neuron: Any, values: list[float]) -> None:
+    u = torch.tensor(values)
+    byte = ops.byte_count.op(u, *neuron)
+    assert byte.dtype == torch.uint8
+    count, found = ops.count.op(u, *neuron), byte.float() - zero_of(*neuron)
+    tie = (u - u.floor() == 0.5) & (found != count)
+    assert bool(((found == count) | tie).all())
+    assert bool((found[tie] == u[tie].floor()).all()) and bool((found[tie] % 2 == 0).all())
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_two_products_fit_in_16_bits(neuron: Any) -> None:
+    """At the extremes: the largest byte, and the largest two adjacent weights."""
+    _, top = ops.CODES[neuron[0]].limits(*neuron[1:])
+    assert (top + zero_of(*neuron)) * pair_limit(*neuron) <= WIDEST
+    assert top + zero_of(*neuron) <= 255
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 9), st.sampled_from([128, 254]))
+def test_rounded_weights_keep_to_the_limit_and_are_the_nearest(data: Any, rows: int, width: int, pair: int) -> None:
+    entries = st.floats(-100, 100, width=32)
+    weight = torch.tensor(data.draw(st.lists(entries, min_size=rows * width, max_size=rows * width))).view(rows, width)
+    found, scale = rounded(weight, pair)
+    assert found.dtype == torch.int8 and found.shape == (width, rows)
+    sizes = torch.nn.functional.pad(found.t().int().abs(), (0, width % 2)).unflatten(1, (-1, 2))
+    assert int(sizes.max()) <= 127 and int(sizes.sum(2).max()) <= pair
+    assert bool(((found.t() * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001 + 1e-30).all())
+
+
+@pytest.mark.parametrize("neuron", NEURONS)
+def test_products_are_exact_in_torch_and_in_onnx_runtime(neuron: Any, tmp_path: Path) -> None:
+    """Counts at both ends, and weights as large as they may be, in every order."""
+    low, top = ops.CODES[neuron[0]].limits(*neuron[1:])
+    zero, pair = zero_of(*neuron), min(127, pair_limit(*neuron) // 2)
+    counts = torch.randint(0, 2, (5, 33)) * (top - low) + low
+    weight = (torch.randint(0, 2, (33, 6)) * 2 - 1) * pair
+    scale, bias = torch.rand(6), torch.rand(6)
+
+    class Layer(nn.Module):
+        def forward(self, n: Tensor) -> Tensor:
+            return ops.integer_linear.op(n, weight.to(torch.int8), scale, bias, zero)
+
+    byte = (counts + zero).to(torch.uint8)
+    wanted = (counts @ weight).float() * scale + bias
+    assert torch.allclose(Layer()(byte), wanted, rtol=1e-6)
+    assert torch.equal(
+        ops.integer_linear.op(byte, weight.to(torch.int8), torch.ones(6), None, zero), (counts @ weight).float()
+    )
+    torch.onnx.export(Layer().eval(), (byte,), tmp_path / "layer.onnx", opset_version=18, dynamo=True, verbose=False)
+    (found,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"n": byte.numpy()})
+    assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("width", [3, EXACT, EXACT + 5])
+def test_products_of_counts_are_exact_at_any_width(width: int) -> None:
+    """Also where float32 could not hold the sum."""
+    a, b = torch.full((1, width), 127), torch.full((width, 1), -127)
+    a[0, 0] = 126
+    found = ops.integer_matmul.matmul((a + 0).to(torch.uint8), (b + 128).to(torch.uint8), 0, 128)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, (a @ b).float())
+
+
+# --- passes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 48, 96, 576])
+def test_rotations_are_orthogonal_and_spread(size: int) -> None:
+    q = rotation(size)
+    assert torch.allclose(q @ q.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    assert float(q.abs().max()) <= (2 / size) ** 0.5 + 1e-12 or size == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotate_and_smooth_change_nothing(family: str) -> None:
+    model, snn = converted(family)
+    declined = {d.rule for d in facts(snn.ranged).declined if d.pass_name == "rotate"}
+    assert declined == {"bert": {"rotate_stream"}, "gpt2": {"rotate_values"}}.get(family, set())
+    given = batch(family, seed=1)
+    with torch.no_grad():
+        found = snn.ranged(*[given[name] for name in snn.input_names])[0]
+        wanted = model(**given)[0]
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert error(model, snn, batch(family)) < 0.1
+
+
+def test_rotation_evens_the_channels_of_a_stream_out() -> None:
+    """The outlier channel of the norms' weights is in no range any more."""
+    for family, even in (("llama", True), ("bert", False)):
+        model = uneven(family)
+        extra = {"use_cache": False} if family == "llama" else {}
+        observed = fasfx.convert(model, [batch(family) | extra], fasfx.SpikeConfig.integer(granularity="channel"))
+        peaks = [site.peak for site in facts(observed.ranged).sites.values() if "norm" in site.name]
+        ratios = [float(peak.max() / peak.median()) for peak in peaks if peak is not None and peak.dim()]
+        assert ratios and (max(ratios) < 5) == even
+
+
+def test_what_cannot_be_rotated_is_said_with_node_and_source_line() -> None:
+    _, snn = converted("bert")
+    (reason, *_) = [d.reason for d in facts(snn.ranged).declined if d.pass_name == "rotate"]
+    assert "is read by add" in reason and "modeling_bert.py" in reason
+
+
+def test_gated_layers_have_a_threshold_per_row_and_meet_bytes() -> None:
+    _, snn = converted("llama")
+    gated = [site for site in facts(snn.ranged).sites.values() if site.dynamic]
+    assert [site.module for site in gated] == [f"model.layers.{layer}.mlp" for layer in range(2)]
+    rows = snn.coverage.table.set_index("node")
+    assert set(rows[rows.operator == "integer_linear"].reason) == {""}
+    assert snn.coverage.spike_driven_macs == 1
+
+
+# --- whole networks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_in_onnx_runtime_runs_in_integers(family: str, tmp_path: Path) -> None:
+    """Every linear layer and every product of attention is one integer product, and the outputs agree."""
+    model, snn = converted(family)
+    snn.to_onnx(tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+    products = [
+        n for n in snn.graph_module.graph.nodes if "integer" in str(n.target) and "embedding" not in str(n.target)
+    ]
+    assert Counter(n.op_type for n in graph.node)["MatMulIntegerToFloat"] == len(products) > 8
+    sequence = OnnxModel(tmp_path, threads=1)
+    for rows, length in ((1, 5), (3, 9)):
+        given = batch(family, rows, length, seed=length)
+        ours, theirs = error(model, snn, given), error(model, sequence, given)
+        assert theirs == pytest.approx(ours, rel=0.2)
+        assert error(snn, sequence, given) < ours
+
+
+def test_counts_in_float_are_the_same_network(tmp_path: Path) -> None:
+    """form="closed": standard float operators, for runtimes without integer products."""
+    model, snn = converted("bert")
+    snn.to_onnx(tmp_path, form="closed")
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    assert not {"QuantizeLinear", "MatMulInteger"} & {node.op_type for node in graph.node}
+    given = batch("bert", seed=1)
+    assert error(snn, OnnxModel(tmp_path, threads=1), given) < error(model, snn, given)
+    with pytest.raises(fasfx.errors.ConfigError, match="exported as integer or closed"):
+        snn.to_onnx(tmp_path, form="loop")
+
+
+def test_a_file_is_small(tmp_path: Path) -> None:
+    """int8 weights and embeddings: about a quarter of the float file, and one scale for every channel."""
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**(SIZE | {"hidden_size": 192, "vocab_size": 2000}), intermediate_size=768)).eval()
+    sizes = {}
+    for weights in ("int8", "float"):
+        snn = fasfx.convert(model, [batch("bert")], fasfx.SpikeConfig.integer(weights=weights))
+        snn.to_onnx(tmp_path / weights)
+        sizes[weights] = (tmp_path / weights / "model.onnx.data").stat().st_size
+    assert sizes["int8"] < 0.28 * sizes["float"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"timesteps": 8}, "counts up to 255 do not fit in a byte: they stay float; radix with fewer time steps fits"),
+        ({"code": "multi"}, "a multi neuron sends powers of two up to 524288: its counts stay float"),
+    ],
+)
+def test_what_does_not_fit_stays_float_and_is_told(changes: Any, why: str, tmp_path: Path) -> None:
+    model, snn = converted("bert", **changes)
+    table = snn.coverage.table
+    assert why in set(table.reason) and bool(table[table.reason == why].spike_driven.all())
+    given = batch("bert", seed=1)
+    assert error(model, snn, given) < 0.05
+    snn.to_onnx(tmp_path)
+    assert error(model, OnnxModel(tmp_path, threads=1), given) < 0.05
+
+
+def test_the_ledger_names_every_rounded_weight() -> None:
+    _, snn = converted("bert")
+    rows = snn.ledger.table
+    rows = rows[rows.rule == "int8_weights"]
+    assert len(rows) == 2 * 6 + 1 + 3  # layers, pooler, embeddings
+    assert set(rows.bound) == {"step/2"} and bool((rows.value > 0).all())
+
+
+def test_a_checkpoint_keeps_what_the_passes_made(tmp_path: Path) -> None:
+    _, snn = converted("llama")
+    snn.save_pretrained(tmp_path)
+    again, given = fasfx.SpikingModel.from_pretrained(tmp_path), batch("llama", seed=1)
+    assert torch.equal(again(**given).logits, snn(**given).logits)
+    again.timesteps = 5
+    snn.timesteps = 5
+    assert torch.equal(again(**given).logits, snn(**given).logits)
+
+
+def test_spikes_decode_to_what_the_products_read() -> None:
+    """The events of every site, a row's own threshold among them, add up to the bytes."""
+    _, snn = converted("llama")
+    given = batch("llama", seed=1)
+    trains = snn.spikes(**given)
+    assert set(trains) == set(facts(snn.ranged).sites)
+    assert all(int(train.counts().abs().max()) <= 127 for train in trains.values())
+    gated = next(name for name, site in facts(snn.ranged).sites.items() if site.dynamic)
+    values = {}
+
+    class Watch(torch.fx.Interpreter):
+        def run_node(self, n: Any) -> Any:
+            values[n.name] = result = super().run_node(n)
+            return result
+
+    with torch.no_grad():
+        Watch(snn.ranged).run(*[given[name] for name in snn.input_names])
+    wanted = values[gated]
+    gap = trains[gated].decode() - wanted
+    assert float(gap.norm() / wanted.norm()) < 0.2
+    assert np.isfinite(trains[gated].firing_rate)
+
+
+def test_training_keeps_the_weights_meaning() -> None:
+    """fasfx.prepare neither rotates nor evens out: parameters are the original's."""
+    model = uneven("llama")
+    qann = fasfx.prepare(model, [batch("llama") | {"use_cache": False}], fasfx.SpikeConfig.integer())
+    own = dict(qann.named_parameters())
+    assert all(torch.equal(own[name], value) for name, value in model.named_parameters())
+
+
+def test_fits() -> None:
+    assert fits("radix", 7, 20) and fits("rate", 127, 20)
+    assert not fits("radix", 8, 20) and not fits("rate", 128, 20) and not fits("multi", 1, 3)
