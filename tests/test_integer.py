@@ -139,8 +139,10 @@ def test_products_are_exact_in_torch_and_in_onnx_runtime(neuron: Any, tmp_path: 
     assert torch.equal(
         ops.integer_linear.op(byte, weight.to(torch.int8), torch.ones(6), None, zero), (counts @ weight).float()
     )
-    torch.onnx.export(Layer().eval(), (byte,), tmp_path / "layer.onnx", opset_version=18, dynamo=True, verbose=False)
-    (found,) = onnxruntime.InferenceSession(tmp_path / "layer.onnx").run(None, {"n": byte.numpy()})
+    rows = {"n": {0: torch.export.Dim("rows")}}
+    file = tmp_path / "layer.onnx"
+    torch.onnx.export(Layer().eval(), (byte,), file, opset_version=18, dynamo=True, dynamic_shapes=rows, verbose=False)
+    (found,) = onnxruntime.InferenceSession(file).run(None, {"n": byte.numpy()})
     assert torch.allclose(torch.from_numpy(found), wanted, rtol=1e-6)
 
 
