@@ -16,6 +16,7 @@ from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.program import facts, fake, freeze
 from fasfx.runner import Runner
 from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
+from fasfx.runtime.merging import merge_layers
 from fasfx.runtime.rules import for_runtime
 from fasfx.runtime.ticks import StepGraph
 from fasfx.writing import written_beside
@@ -52,8 +53,7 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     inputs = example_inputs(model)
     shapes = _shapes(model)
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset_version, optimize=False)
-    closed = _in_float(model) if integer and form == "closed" else model.graph_module
-    module = _Step(model) if ticks else _Closed(closed)
+    module = _Step(model) if ticks else _Closed(_closed(model, form, integer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own treespecs
         exported = OnnxExporter().export(module, inputs, config)
@@ -95,8 +95,12 @@ class _Closed(torch.nn.Module):
         return self.program(**inputs)
 
 
-def _in_float(model: SpikingModel) -> GraphModule:
-    """The same network, its spike counts in float."""
+def _closed(model: SpikingModel, form: str, integer: bool) -> GraphModule:
+    """The closed form to export: as it is, in integers, or of a network with int8 weights with counts in float."""
+    if form == "integer":
+        return merge_layers(model.graph_module)
+    if not integer:
+        return model.graph_module
     program = Runner([Clip(), Substitute(), Fold(), Lower(bytes_travel=False)]).run(model.ranged)
     freeze(program)
     return program

@@ -85,8 +85,9 @@ def _onnx(batch: Batch, folder: Path) -> dict[str, Callable[[], object]]:
 def originals(batch: Batch, folder: Path) -> dict[str, Callable[[], object]]:
     """Sessions of the original at each opset."""
     calls = {}
+    (inputs,) = cases.evaluation("tales", 1, 2, 5)
     for opset in OPSETS:
-        export_original(folder / str(opset), opset)
+        export_original(cases.minilm()[0], inputs, folder / str(opset), opset)
         calls[f"{ORIGINAL}, opset {opset}"] = session(folder / str(opset), batch)
     return calls
 
@@ -96,20 +97,20 @@ def fastest_original(times: Mapping[str, Sequence[float]]) -> str:
     return min((name for name in times if name.startswith(ORIGINAL)), key=lambda name: statistics.median(times[name]))
 
 
-def export_original(folder: Path, opset: int) -> None:
-    """MiniLM itself through transformers' exporter, dynamic batch and length."""
+def export_original(model: Any, inputs: dict[str, Any], folder: Path, opset: int) -> None:
+    """A model itself through transformers' exporter, dynamic batch and length."""
     exporters: Any = importlib.import_module("transformers.exporters.exporter_onnx")
-    (inputs,) = cases.evaluation("tales", 1, 2, 5)
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
-    config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=dict.fromkeys(inputs, sizes), opset_version=opset)
-    exporters.OnnxExporter().export(cases.minilm()[0], inputs, config).save_pretrained(folder)
+    shapes = {name: sizes for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset)
+    exporters.OnnxExporter().export(model, inputs, config).save_pretrained(folder)
 
 
-def session(folder: Path, batch: Batch, options: Any = None) -> Callable[[], object]:
-    """A run of model.onnx on one thread, inputs in place."""
+def session(folder: Path, batch: Batch, session: Any = None) -> Callable[[], object]:
+    """A run of model.onnx on one thread, inputs in place; in a session of its own unless one is given."""
     import onnxruntime
 
-    found = onnxruntime.InferenceSession(folder / "model.onnx", options or timing.session_options())
+    found = session or onnxruntime.InferenceSession(folder / "model.onnx", timing.session_options())
     inputs = {value.name: batch[value.name].numpy() for value in found.get_inputs()}
     return lambda: found.run(None, inputs)
 

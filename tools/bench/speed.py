@@ -1,0 +1,207 @@
+"""Speed: the integer form in ONNX Runtime, beside the original and ONNX Runtime's own int8, in one process."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fasfx
+from fasfx import scores
+from fasfx.runtime import OnnxModel
+from fasfx.tools.bench import cases, cost, data, timing
+from fasfx.tools.bench.data import Batch
+from fasfx.tools.bench.tables import Line, Table, at_least, at_most, below, plain
+
+DYNAMIC = "ONNX Runtime's dynamic int8"
+INTEGER, SPIKING, FLOAT = "integer form", "integer form, functions spiking", "the same counts in float"
+Shape = tuple[int, int]
+SHAPES = ((1, 16), (1, 128), (8, 16), (8, 128))
+LIMITS = {(1, 16): 0.55, (1, 128): 0.66, (8, 128): 0.66}
+SPIKING_LIMIT, SMOLLM2_LIMIT = 0.85, 0.70
+EXPORT, NODES, SIZE = {"MiniLM-L6": 15.0, "SmolLM2-135M": 60.0}, 1.5, 0.3
+COSINE = 0.99
+PERPLEXITY = 1.015
+TOKENS, WINDOW = 8176, 512
+SECONDS, RATIO = "{:.1f}", "{:.2f}"
+
+
+class Network(NamedTuple):
+    """A model, its calibration, and inputs to trace it with."""
+
+    name: str
+    model: Any
+    calibration: list[Batch]
+    inputs: dict[str, Any]
+
+
+def minilm(quick: bool) -> Iterator[Table]:
+    """Time by shape, sentence embeddings, and what an export costs."""
+    network = Network(
+        "MiniLM-L6", cases.minilm()[0], cases.calibration("news", quick), cases.evaluation("tales", 1, 2, 5)[0]
+    )
+    integer = fasfx.SpikeConfig.integer()
+    forms = {INTEGER: integer, SPIKING: integer.replace(nonlinear="spiking")}
+    shapes = SHAPES[:1] if quick else SHAPES
+    slack = cases.SLACK if quick else 1.0
+    with tempfile.TemporaryDirectory() as folder:
+        built, nets = _build(network, forms, Path(folder))
+        yield from _times(network, Path(folder), shapes, {s: slack * v for s, v in LIMITS.items()}, quick)
+        yield _embeddings(nets[INTEGER], OnnxModel(Path(folder) / INTEGER, threads=1), quick)
+        yield built
+
+
+def smollm2(quick: bool) -> Iterator[Table]:
+    """The same for a language model, with its perplexity; not in a quick run."""
+    if quick:
+        return
+    model, tokenizer = cases.smollm2()
+    own, other = data.split("tales"), data.split("books")
+    inputs = {name: value for name, value in _tokens((2, 5)).items() if name != "token_type_ids"}
+    network = Network("SmolLM2-135M", model, _windows(tokenizer, own[0]), {**inputs, "use_cache": False})
+    shapes = ((1, 128), (8, 128))
+    with tempfile.TemporaryDirectory() as folder:
+        built, nets = _build(network, {INTEGER: fasfx.SpikeConfig.integer()}, Path(folder))
+        yield from _times(network, Path(folder), shapes, dict.fromkeys(shapes, SMOLLM2_LIMIT), quick)
+        yield built
+    texts = {"unseen tales": own[1], "books": other[1]}
+    windows = {kind: _windows(tokenizer, found) for kind, found in texts.items()}
+    ratios = [scores.perplexity(nets[INTEGER], w) / scores.perplexity(model, w) for w in windows.values()]
+    note = f"T = 7, int8 weights; calibrated on tales; {TOKENS:,} predicted tokens in windows of {WINDOW}."
+    line = at_most("perplexity / original's", ratios, PERPLEXITY, "{:.4f}")
+    yield Table("SmolLM2-135M, integer form, perplexity", ("", *windows), [line], note)
+
+
+def _windows(tokenizer: Any, texts: list[str]) -> list[Batch]:
+    return [{**window, "use_cache": False} for window in data.windows(tokenizer, texts, TOKENS, WINDOW)]  # type: ignore[dict-item]
+
+
+def _tokens(shape: tuple[int, int]) -> Batch:
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 20000, shape, generator=source)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+
+
+def _build(
+    network: Network, forms: dict[str, fasfx.SpikeConfig], folder: Path
+) -> tuple[Table, dict[str, fasfx.SpikingModel]]:
+    """Every form in a folder of its name; what exporting them took."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    lines: list[Line] = []
+    nets: dict[str, fasfx.SpikingModel] = {}
+    with cases.undisturbed():
+        for opset in cost.OPSETS:
+            cost.export_original(network.model, network.inputs, folder / f"{cost.ORIGINAL}, opset {opset}", opset)
+        base = folder / f"{cost.ORIGINAL}, opset {cost.OPSETS[0]}"
+        (folder / DYNAMIC).mkdir()
+        quantize_dynamic(
+            base / "model.onnx", folder / DYNAMIC / "model.onnx", weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )  # fmt: skip
+        for name, config in forms.items():
+            nets[name] = fasfx.convert(network.model, network.calibration, config)
+            seconds = _seconds(partial(nets[name].to_onnx, folder / name))
+            nodes, size = _nodes(folder / name) / _nodes(base), _bytes(folder / name) / _bytes(base)
+            loading = _seconds(partial(OnnxModel, folder / name, threads=1))
+            lines += [
+                at_most(f"{name}: export, s", [seconds], EXPORT[network.name], SECONDS),
+                at_most(f"{name}: nodes / original's", [nodes], NODES, RATIO),
+                at_most(f"{name}: bytes / original's", [size], SIZE, RATIO),
+                plain(f"{name}: load, s", [loading], SECONDS),
+            ]
+            if name != INTEGER:  # what is promised is promised of that
+                lines[-4:] = [line._replace(target="", met=None) for line in lines[-4:]]
+        nets[INTEGER].to_onnx(folder / FLOAT, form="closed")
+    return Table(f"{network.name}, export", ("", "measured"), lines, f"Original: opset {cost.OPSETS[0]}."), nets
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _nodes(folder: Path) -> int:
+    import onnx
+
+    return len(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
+
+
+def _times(
+    network: Network,
+    folder: Path,
+    shapes: tuple[tuple[int, int], ...],
+    limits: dict[tuple[int, int], float],
+    quick: bool,
+) -> Iterator[Table]:
+    """Time over the original's best float form; the integer form is held to a limit, and to ONNX Runtime's int8."""
+    columns, rows = [""], dict[str, list[timing.Ratio]]()
+    for rows_, length in shapes:
+        times = timing.interleaved(_sessions(folder, _tokens((rows_, length))), 5 if quick else 31)
+        base = cost.fastest_original(times)
+        columns.append(f"{rows_} × {length}")
+        for name, ratio in timing.ratios(times, base).items():
+            rows.setdefault(name, []).append(ratio)
+    lines = [_line(name, [r.median for r in found], rows, shapes, limits) for name, found in rows.items()]
+    spread = max(r.high - r.low for found in rows.values() for r in found)
+    note = f"Base: the faster original. {timing.CONDITIONS}; quartiles at most {spread:.2f} apart."
+    yield Table(f"{network.name} in ONNX Runtime, time / original's, batch × length", tuple(columns), lines, note)
+
+
+def _line(
+    name: str,
+    medians: list[float],
+    rows: dict[str, list[timing.Ratio]],
+    shapes: Any,
+    limits: dict[tuple[int, int], float],
+) -> Line:
+    if name == SPIKING:
+        return at_most(name, medians, SPIKING_LIMIT, RATIO)
+    if name != INTEGER:
+        return plain(name, medians, RATIO)
+    line = below(name, medians, [r.median for r in rows[DYNAMIC]], "", RATIO)
+    held = [limits.get(shape, float("inf")) for shape in shapes]
+    targets = ", ".join(RATIO.format(limit) if limit < 9 else "-" for limit in held)
+    met = bool(line.met) and all(m <= limit for m, limit in zip(medians, held, strict=True))
+    return line._replace(target=f"≤ {targets}, and below dynamic int8", met=met)
+
+
+def _sessions(folder: Path, batch: Batch) -> dict[str, Callable[[], object]]:
+    calls: dict[str, Callable[[], object]] = {}
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        ours = place.name in (INTEGER, SPIKING, FLOAT)
+        session = OnnxModel(place, threads=1).session if ours else None
+        calls[place.name] = cost.session(place, batch, session=session)
+    return calls
+
+
+def _embeddings(snn: fasfx.SpikingModel, deployed: OnnxModel, quick: bool) -> Table:
+    """Cosine of mean-pooled sentence embeddings with the original's, on another kind of text than the calibration's."""
+    lines = []
+    batches = cases.evaluation("tales", 1 if quick else 4)
+    for name, model in (("torch", snn), ("ONNX Runtime", deployed)):
+        found = torch.cat([_cosines(model, batch) for batch in batches])
+        lines += [at_least(name, [float(found.mean())], COSINE, "{:.4f}")]
+        lines += [plain(f"{name}, smallest", [float(found.min())], "{:.4f}")]
+    note = f"{len(found)} texts of tales; calibrated on news; T = 7, int8 weights."
+    return Table("MiniLM-L6, integer form, cosine of sentence embeddings", ("", "mean"), lines, note)
+
+
+@torch.no_grad()
+def _cosines(model: Callable[..., Any], batch: Batch) -> torch.Tensor:
+    mask = batch["attention_mask"].unsqueeze(-1)
+    pooled = [(m(**batch).last_hidden_state * mask).sum(1) / mask.sum(1) for m in (cases.minilm()[0], model)]
+    return torch.cosine_similarity(*pooled)
+
+
+PARTS = {"minilm": minilm, "smollm2": smollm2}
