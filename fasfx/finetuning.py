@@ -183,7 +183,20 @@ def fit(
     """Train a model, or a network of stage I with its thresholds, on rows; go on where `folder` says it was."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer import TRAINER_STATE_NAME
+    from transformers.trainer_pt_utils import LengthGroupedSampler
     from transformers.trainer_utils import get_last_checkpoint
+
+    class ByLength(LengthGroupedSampler):  # type: ignore[misc]
+        """Batches of rows of about one length, so little padding; Trainer's own order is another one after a kill."""
+
+        def set_epoch(self, epoch: int) -> None:
+            self.generator.manual_seed(training.seed + epoch)
+
+    class Trains(Trainer):  # type: ignore[misc]
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            if "input_ids" not in rows[0]:
+                return super()._get_train_sampler(train_dataset)
+            return ByLength(training.batch, rows, model_input_name="input_ids", generator=torch.Generator())
 
     class Reports(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -199,7 +212,6 @@ def fit(
         warmup_steps=round(0.06 * steps),
         save_steps=max(1, min(100, round(steps / 10))),
         save_total_limit=2,
-        train_sampling_strategy="group_by_length" if "input_ids" in rows[0] else "random",  # little padding
         seed=training.seed,
         report_to=[],
         disable_tqdm=True,
@@ -208,7 +220,7 @@ def fit(
     optimizer = None
     if isinstance(model, ClippedModel):
         optimizer = torch.optim.AdamW(model.parameter_groups(training.lr, THRESHOLD_LR, DECAY))
-    trainer = Trainer(
+    trainer = Trains(
         model,
         arguments,
         data_collator=collate,

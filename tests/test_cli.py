@@ -328,7 +328,7 @@ def options(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     }
 
 
-OPTIONS = ("T = 0", "code", "preset", "preset of later", "radix steps", "no file", "folder as file", "no texts")
+OPTIONS = ("T = 0", "code", "preset", "radix steps", "no file", "folder as file", "no texts")
 OPTIONS += ("schedule", "radix ticks", "no text", "no text key", "no object")
 
 

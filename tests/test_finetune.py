@@ -292,12 +292,11 @@ def choices(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "too short": ((lm, *words, "--data", place / "texts.txt", "--length", 100), "two blocks of 100 are needed"),
         "no texts": ((lm, *words, "--data", place / "none.txt"), "No such file"),
         "code": ((model, *classes, "--code", "morse"), "choose one of 'multi', 'radix', 'rate'"),
-        "preset of later": ((model, *classes, "--preset", "integer"), "is not available in this version"),
     }
 
 
 CHOICES = ("task", "no teacher", "teacher of other classes", "no tokenizer", "no model", "too short", "no texts")
-CHOICES += ("code", "preset of later")
+CHOICES += ("code",)
 
 
 @pytest.mark.parametrize("case", CHOICES)

@@ -1,0 +1,45 @@
+"""The benchmark of the integer form, on a tiny model: what it measures and what it holds to its targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fasfx.tools.bench import cases, models, speed
+from fasfx.tools.bench.timing import Ratio
+
+
+def test_every_form_is_timed_and_the_files_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny BERT in the place of MiniLM, tokens of its vocabulary."""
+    model = models.tiny("bert")
+
+    def batches(kind: str, *_: Any) -> list[dict[str, torch.Tensor]]:
+        return [models.tiny_inputs("bert", seed=len(kind))]
+
+    def tokens(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+        return models.tiny_inputs("bert", batch_size=shape[0], length=shape[1])
+
+    monkeypatch.setattr(cases, "minilm", lambda: (model, None))
+    monkeypatch.setattr(cases, "calibration", batches)
+    monkeypatch.setattr(cases, "evaluation", batches)
+    monkeypatch.setattr(speed, "_tokens", tokens)
+    times, embeddings, built = speed.minilm(quick=True)
+    names = {speed.DYNAMIC, speed.INTEGER, speed.FLOAT, "original, opset 18", "original, opset 23"}
+    assert {line.label for line in times.lines} == names
+    assert min(line.figures[0] for line in times.lines if line.label.startswith("original")) == 1
+    held = {line.label: line for line in built.lines}
+    assert held["integer form: bytes / original's"].target == "≤ 0.3"
+    assert 0 < held["integer form: bytes / original's"].figures[0] < 1
+    cosines = {line.label: line.figures[0] for line in embeddings.lines}
+    assert cosines["torch"] == pytest.approx(cosines["ONNX Runtime"], abs=1e-3) and cosines["torch"] > 0.99
+
+
+@pytest.mark.parametrize(("figure", "dynamic", "met"), [(0.5, 0.6, True), (0.5, 0.45, False), (0.56, 0.6, False)])
+def test_the_integer_form_is_held_to_its_limit_and_to_dynamic_int8(figure: float, dynamic: float, met: bool) -> None:
+    rows = {
+        name: [Ratio(median, median, median)] for name, median in ((speed.INTEGER, figure), (speed.DYNAMIC, dynamic))
+    }
+    line = speed._line(speed.INTEGER, rows, [0.55], 1.0)
+    assert line.met is met and "0.55" in line.target
