@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from fasfx import ops
+from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
 from fasfx.ops.byte_count import LARGEST, fits, pair_limit, zero_of
 from fasfx.program import Declined, add_tensor, arg, facts, fake, insert, module_path
@@ -75,15 +76,17 @@ def _replace(gm: GraphModule, node: Node, target: Any, stored: tuple[Tensor, Ten
 
 def rounded(weight: Tensor, pair: int) -> tuple[Tensor, Tensor]:
     """weight [O, I] -> (int8 [I, O], scale [O]): the nearest, in [-127, 127], two adjacent ones of at most `pair`."""
-    scale = step(weight, pair)
-    return (weight / scale[:, None]).round().to(torch.int8).t().contiguous(), scale
+    if weight.dtype == torch.float16:
+        raise ConfigError("scales of int8 weights are too small for float16: convert model.float() or model.bfloat16()")
+    wide = weight if weight.dtype == torch.float64 else weight.float()
+    scale = step(wide, pair)
+    return (wide / scale[:, None]).round().to(torch.int8).t().contiguous(), scale.to(weight)
 
 
 def step(weight: Tensor, pair: int) -> Tensor:
     """The distance [O] between two int8 weights of an output channel of weight [O, I]."""
-    two = F.pad(weight.abs(), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).sum(2).amax(1) / (
-        pair - 1
-    )  # each may be rounded up by a half
+    adjacent = F.pad(weight.abs(), (0, weight.shape[1] % 2)).unflatten(1, (-1, 2)).sum(2)
+    two = adjacent.amax(1) / (pair - 1)  # rounding may add 1 to the sum
     return torch.maximum(two, weight.abs().amax(1) / LARGEST).clamp(min=torch.finfo(weight.dtype).tiny)
 
 

@@ -186,7 +186,8 @@ class _Watcher(Interpreter):
             if site.dynamic:  # what a row's own threshold sees: its values over the largest of them
                 value = value / value.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
             others = [d for d in range(-value.dim(), 0) if d not in site.channel]
-            square = (value.square().mean(others) if others else value.square()).reshape(peak.shape)
+            wide = value.float() if value.dtype.itemsize < 4 else value
+            square = (wide.square().mean(others) if others else wide.square()).reshape(peak.shape)
             site.rms = square if site.rms is None else site.rms + square
         if self._tails:
             tail = _tail(value, site.channel).reshape(peak.shape)

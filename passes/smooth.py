@@ -41,7 +41,8 @@ class Smooth(Pass):
     def rewrite(self, gm: GraphModule) -> bool:
         """True if any channel was scaled. Nothing while a network is trained: its weights keep their meaning."""
         config = facts(gm).config
-        if config.weights != "int8" or config.granularity is not None or facts(gm).trainable:
+        asked = config.weights == "int8" and config.granularity is None and config.coverage == "matmul"
+        if not asked or config.activation == "replace" or facts(gm).trainable:
             return False
         nodes, scaler = {node.name: node for node in gm.graph.nodes}, Scaler(gm)
         readers: dict[Node, list[Node]] = {}
@@ -51,10 +52,12 @@ class Smooth(Pass):
         new = {}
         for site in facts(gm).sites.values():
             value = nodes[site.name]
-            if site.channel == (-1,) and all(_is_layer(scaler, node) for node in readers.get(value, [])):
-                scale = _scale(gm, scaler, site, readers[value])
-                value = smooth_into_maker(gm, scaler, value, readers[value], scale)
-                peak, tail = (None if seen is None else (seen / scale).amax() for seen in (_range(site), site.tail))
+            layers = readers[value]
+            if site.channel == (-1,) and all(_is_layer(scaler, node) for node in layers):
+                scale = _scale(gm, scaler, site, layers)
+                value = smooth_into_maker(gm, scaler, value, layers, scale.to(site.peak))
+                peak = (_range(site) / scale).amax().to(site.peak)
+                tail = None if site.tail is None else (site.tail / scale).amax().to(site.tail)
                 site = dataclasses.replace(site, name=value.name, channel=(), peak=peak, tail=tail)
             new[site.name] = site
         facts(gm).sites = new
@@ -67,7 +70,8 @@ def _is_layer(scaler: Scaler, node: Node) -> bool:
 
 def _scale(gm: GraphModule, scaler: Scaler, site: Site, readers: list[Node]) -> Tensor:
     """s [D] of the exponent whose products are predicted to be the most exact; 1 on average."""
-    weights = torch.cat([scaler.value_of(arg(node, 1)) for node in readers])
+    assert site.rms is not None
+    weights = torch.cat([scaler.value_of(arg(node, 1)).to(site.rms.dtype) for node in readers])
     value, weight = _positive(_range(site)), _positive(weights.abs().amax(0))
     scales = []
     for exponent in EXPONENTS:
@@ -95,9 +99,8 @@ def predicted_error(weights: Tensor, scale: Tensor, site: Site, neuron: tuple[st
 
 def _range(site: Site) -> Tensor:
     """What every channel is expected to reach, [D]; for a row's own threshold, as a share of its row's largest."""
-    found = site.rms if site.dynamic else site.peak
-    assert found is not None
-    return found if site.dynamic else floored(found, product=False)
+    assert site.rms is not None and site.peak is not None
+    return site.rms if site.dynamic else floored(site.peak.to(site.rms.dtype), product=False)
 
 
 def _positive(found: Tensor) -> Tensor:

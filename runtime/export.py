@@ -47,6 +47,8 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
         raise ConfigError(f"form={form!r}: a {model.schedule} network is exported as {' or '.join(forms)}")
     if opset_version not in OPSETS:
         raise ConfigError(f"opset {opset_version} cannot be written: choose {OPSETS[0]} to {OPSETS[-1]}")
+    if model.spike_config.weights == "int8":
+        _require_float32(model)
     ticks = form in FORMS["synchronous"]
     if ticks:
         _require_exportable(model, form)
@@ -68,6 +70,14 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     exported.config = model.config
     with written_beside(folder) as staging:
         exported.save_pretrained(staging)
+
+
+def _require_float32(model: SpikingModel) -> None:
+    for name, value in model.graph_module.named_buffers():
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise ConfigError(
+                f"int8 weights are exported with float32 scales, and {name} is {value.dtype}: convert model.float()"
+            )
 
 
 def _require_exportable(model: SpikingModel, form: str) -> None:

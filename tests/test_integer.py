@@ -271,6 +271,22 @@ def test_what_does_not_fit_stays_float_and_is_told(changes: Any, why: str, tmp_p
     assert error(model, OnnxModel(tmp_path, threads=1), given) < 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_run_and_are_exported_in_float32_only(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = uneven("llama").to(dtype)
+    given = batch("llama")
+    snn = fasfx.convert(model, [given | {"use_cache": False}], fasfx.SpikeConfig.integer())
+    assert snn(**given).logits.dtype == dtype
+    assert error(model, snn, given) < 0.1
+    with pytest.raises(fasfx.errors.ConfigError, match="exported with float32 scales"):
+        snn.to_onnx(tmp_path)
+
+
+def test_scales_too_small_for_float16_are_refused() -> None:
+    with pytest.raises(fasfx.errors.ConfigError, match="too small for float16: convert model.float"):
+        fasfx.convert(uneven("bert").half(), [batch("bert")], fasfx.SpikeConfig.integer())
+
+
 def test_the_ledger_names_every_rounded_weight() -> None:
     _, snn = converted("bert")
     rows = snn.ledger.table
