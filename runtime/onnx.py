@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,10 +18,12 @@ from torch import Tensor
 from fasfx.errors import CheckpointError, ConfigError, InputError, RuntimeUnavailableError
 from fasfx.runtime.export import MANIFEST
 from fasfx.runtime.loop import STATES, TIMESTEPS
+from fasfx.runtime.profiling import read_profile
 from fasfx.runtime.ticks import shape_function
 
 if TYPE_CHECKING:
     import onnxruntime
+    import pandas
 
 
 SLOW = "SkipLayerNormFusion"  # ONNX Runtime's fused sum and norm takes longer on a CPU than the two do
@@ -36,30 +40,44 @@ class OnnxModel:
 
     def __init__(self, folder: str | Path, device: str | None = None, threads: int | None = None) -> None:
         import onnxruntime as ort
-        from transformers.exporters import ExportedModel
 
         if not (Path(folder) / MANIFEST).is_file():
             raise CheckpointError(
                 f"{folder} holds no ONNX export ({MANIFEST} is missing): make one with `fasfx export`"
             )
-        options = ort.SessionOptions()
-        options.add_session_config_entry("optimization.disable_specified_optimizers", SLOW)
-        if threads is not None:
-            options.intra_op_num_threads = threads
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         available = ort.get_available_providers()
         if device not in (None, "cpu") and not any(str(device).lower() in p.lower() for p in available):
             raise RuntimeUnavailableError(f"no execution provider for {device!r}; available: {', '.join(available)}")
-        try:
-            self.exported = ExportedModel.from_pretrained(folder, device=device or "cpu", session_options=options)
-        except Exception as error:
-            raise CheckpointError(f"the export in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        self._opened = folder, device, threads
+        self.exported = self._open(_options(threads))
         written = self.session.get_modelmeta().custom_metadata_map.get(STATES)
         self._states: dict[str, Any] | None = json.loads(written) if written else None
         if self._states is not None:
             known = {name: [sympy.sympify(size) for size in shape] for name, shape in self._states["inputs"].items()}
             shapes = [tuple(sympy.sympify(size) for size in shape) for shape in self._states["states"].values()]
             self._shapes = shape_function([size for shape in known.values() for size in shape], shapes)
+
+    def _open(self, options: Any) -> Any:
+        from transformers.exporters import ExportedModel
+
+        folder, device, _ = self._opened
+        try:
+            return ExportedModel.from_pretrained(folder, device=device or "cpu", session_options=options)
+        except Exception as error:
+            raise CheckpointError(f"the export in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def profile(self, **inputs: Any) -> pandas.DataFrame:
+        """Call once, in a session of its own: which node ran on which execution provider, and its microseconds.
+
+        A row for every node that ran, in order, as ONNX Runtime fused them. Raises what a call raises.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            options = _options(self._opened[2])
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(place) / "run")
+            watched = copy.copy(self)
+            watched.exported = self._open(options)
+            watched(**inputs)
+            return read_profile(Path(watched.session.end_profiling()))
 
     def __call__(self, *, timesteps: Any = None, **inputs: Any) -> Any:
         """The model's own outputs for its own inputs, torch tensors in and out.
@@ -135,6 +153,17 @@ class OnnxModel:
     def session(self) -> onnxruntime.InferenceSession:
         """The ONNX Runtime session."""
         return self.exported.runners["model"].session
+
+
+def _options(threads: int | None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.add_session_config_entry("optimization.disable_specified_optimizers", SLOW)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}

@@ -230,6 +230,18 @@ def test_a_network_in_onnx_runtime_runs_in_integers(family: str, tmp_path: Path)
         assert error(snn, sequence, given) < ours
 
 
+def test_a_profile_tells_which_node_ran_where(tmp_path: Path) -> None:
+    _, snn = converted("bert")
+    snn.to_onnx(tmp_path)
+    deployed = OnnxModel(tmp_path, threads=1)
+    table = deployed.profile(**batch("bert", seed=1))
+    assert list(table.columns) == ["node", "operator", "provider", "microseconds"]
+    assert set(table.provider) == {"CPUExecutionProvider"} and int(table.microseconds.min()) >= 0
+    assert (table.operator == "MatMulIntegerToFloat").sum() == 2 * 6 + 1  # with q, k and v as one layer, and the pooler
+    with pytest.raises(fasfx.errors.InputError, match="missing input"):
+        deployed.profile()
+
+
 def test_counts_in_float_are_the_same_network(tmp_path: Path) -> None:
     """form="closed": standard float operators, for runtimes without integer products."""
     model, snn = converted("bert")
@@ -339,3 +351,12 @@ def test_training_keeps_the_weights_meaning() -> None:
 def test_fits() -> None:
     assert fits("radix", 7, 20) and fits("rate", 127, 20)
     assert not fits("radix", 8, 20) and not fits("rate", 128, 20) and not fits("multi", 1, 3)
+
+
+def test_the_integer_graph_compiles_without_breaks() -> None:
+    """One graph, integer products as they are; the compiler's backend is its own eager one."""
+    _, snn = converted("bert")
+    given = batch("bert", seed=1)
+    with torch.no_grad():
+        compiled = torch.compile(snn.graph_module, fullgraph=True, backend="aot_eager")(**snn._inputs((), given))
+        assert torch.allclose(compiled[0], snn(**given)[0], atol=1e-5)
