@@ -32,18 +32,19 @@ SECONDS, RATIO = "{:.1f}", "{:.2f}"
 
 
 class Network(NamedTuple):
-    """A model, its calibration, and inputs to trace it with."""
+    """A model, its calibration, inputs to trace it with, and rounds of timing."""
 
     name: str
     model: Any
     calibration: list[Batch]
     inputs: dict[str, Any]
+    rounds: int
 
 
 def minilm(quick: bool) -> Iterator[Table]:
     """Time by shape, sentence embeddings, and what an export costs."""
     network = Network(
-        "MiniLM-L6", cases.minilm()[0], cases.calibration("news", quick), cases.evaluation("tales", 1, 2, 5)[0]
+        "MiniLM-L6", cases.minilm()[0], cases.calibration("news", quick), cases.evaluation("tales", 1, 2, 5)[0], 31
     )
     integer = fasfx.SpikeConfig.integer()
     forms = {INTEGER: integer} | ({} if quick else {SPIKING: integer.replace(nonlinear="spiking")})
@@ -62,7 +63,7 @@ def smollm2(quick: bool) -> Iterator[Table]:
     model, tokenizer = cases.smollm2()
     own, other = data.split("tales"), data.split("books")
     inputs = {name: value for name, value in _tokens((2, 5)).items() if name != "token_type_ids"}
-    network = Network("SmolLM2-135M", model, _windows(tokenizer, own[0]), {**inputs, "use_cache": False})
+    network = Network("SmolLM2-135M", model, _windows(tokenizer, own[0]), {**inputs, "use_cache": False}, 9)
     shapes = ((1, 128), (8, 128))
     with tempfile.TemporaryDirectory() as folder:
         built, nets = _build(network, {INTEGER: fasfx.SpikeConfig.integer()}, Path(folder))
@@ -142,7 +143,7 @@ def _times(
     """Time over the original's best float form; the integer form is held to a limit, and to ONNX Runtime's int8."""
     columns, rows = [""], dict[str, list[timing.Ratio]]()
     for shape in shapes:
-        times = timing.interleaved(_sessions(folder, _tokens(shape)), 5 if quick else 31)
+        times = timing.interleaved(_sessions(folder, _tokens(shape)), 5 if quick else network.rounds)
         columns.append(f"{shape[0]} × {shape[1]}")
         for name, ratio in timing.ratios(times, cost.fastest_original(times)).items():
             rows.setdefault(name, []).append(ratio)
