@@ -16,10 +16,9 @@ from fasfx.ledger import Bound, Entry
 from fasfx.ops.byte_count import LARGEST, fits, pair_limit, zero_of
 from fasfx.program import Declined, add_tensor, arg, facts, fake, insert, module_path
 from fasfx.scales import Scaler
-from fasfx.synapses import Carriers
+from fasfx.synapses import VIEWS, Carriers
 
 aten = torch.ops.aten
-MOVED: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default)
 ROUNDED = Bound(sympy.Symbol("step", positive=True) / 2, "error of one weight; step: its output channel's")
 
 
@@ -103,7 +102,7 @@ def send_bytes(gm: GraphModule) -> None:
         bytes_read = [sent.get(value) for value in node.args[:2]] if _is_product(node) else []
         if node.target is aten.matmul.default and all(bytes_read):
             a, b = bytes_read
-            product = insert(gm, node, node, ops.integer_matmul.matmul, a, b, _zero(a), _zero(b))
+            product = insert(gm, node, node, ops.integer_matmul.op, a, b, _zero(a), _zero(b))
             node.replace_all_uses_with(product)
             gm.graph.erase_node(node)
         elif node.target is ops.integer_linear.op and bytes_read[0]:
@@ -111,7 +110,7 @@ def send_bytes(gm: GraphModule) -> None:
             node.update_arg(4, _zero(bytes_read[0]))
     for neuron, byte in sent.items():
         if neuron.users:
-            neuron.replace_all_uses_with(insert(gm, neuron, neuron, ops.integer_matmul.value, byte, _zero(byte)))
+            neuron.replace_all_uses_with(insert(gm, neuron, neuron, ops.byte_value.op, byte, _zero(byte)))
         gm.graph.erase_node(neuron)
 
 
@@ -123,7 +122,7 @@ def _as_byte(gm: GraphModule, neuron: Node) -> Node:
     """The same neuron with a byte as output; before a view or transpose of its input, so that bytes are moved."""
     moves: list[Any] = []
     value: Any = neuron.args[0]
-    while value.target in MOVED and len(value.users) == 1:
+    while value.target in VIEWS and len(value.users) == 1:
         moves.append(value)
         value = value.args[0]
     first = moves[-1] if moves else neuron

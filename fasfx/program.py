@@ -33,10 +33,11 @@ class Site:
     peak:    largest |value| seen in calibration, shape of the channel dims ([] until observed).
     tail:    99.9th percentile of |value|, largest over the batches; same shape.
     rms:     root of the mean square seen in calibration, same shape, of a dynamic one's over its row's largest |value|;
-             only where weights are to be int8.
+             only where weights are to be int8, until smooth has used it.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
     population: neurons per value, each with T spikes; 2 where it meets another value element by element.
-    dynamic: whether the threshold is each row's own, its largest |value| (granularity "token", or smooth).
+    dynamic: whether the threshold is each row's own, its largest |value| (granularity "token"; gated values, where
+             counts are bytes).
     theta:   the threshold that stage I trained, which then holds instead of the calibrated one.
     tuned:   the one that stage II found, which holds before both.
     initial: initial membrane potential that stage II found, on top of theta / 2; same unit, broadcasts like theta.

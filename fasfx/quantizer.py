@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers import ExportQuantizer
@@ -14,8 +13,8 @@ from fasfx.capture import program
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.model import SpikingModel
-from fasfx.passes import Normalise, Observe, Rotate, Smooth
-from fasfx.runner import Runner
+from fasfx.passes import Observe
+from fasfx.ranging import to_ranged
 
 
 class SpikeQuantizer(ExportQuantizer):  # type: ignore[misc]
@@ -43,7 +42,4 @@ class SpikeQuantizer(ExportQuantizer):  # type: ignore[misc]
     def quantize(self, model: GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat) -> GraphModule:
         """The lowered program of an exported graph module, observed on the calibration set."""
         captured = program(model, self.config, {})
-        with torch.no_grad():
-            observe = Observe(self.traced_calibration(sample_inputs))
-            ranged = Runner([Normalise(), Rotate(), observe, Smooth()]).run(captured)
-        return SpikingModel(ranged).graph_module
+        return SpikingModel(to_ranged(captured, Observe(self.traced_calibration(sample_inputs)))).graph_module

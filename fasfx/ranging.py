@@ -15,7 +15,7 @@ from fasfx.capture import capture
 from fasfx.config import SpikeConfig
 from fasfx.passes import Normalise, Observe, Rotate, Smooth
 from fasfx.program import facts
-from fasfx.runner import Runner
+from fasfx.runner import PassHook, Runner
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -37,9 +37,13 @@ def calibrate(
     captured = capture(model, first, config, training)
     report("capture", 1, 1)
     observe = Observe(batches, on_batch=lambda done: report("observe", done, total))
-    passes = [Normalise(), Rotate(), observe, Smooth()]
+    return to_ranged(captured, observe, lambda name, _: report(name, 1, 1))
+
+
+def to_ranged(captured: GraphModule, observe: Observe, after: PassHook | None = None) -> GraphModule:
+    """A captured program at RANGED, by the passes that lead there."""
     with torch.no_grad():
-        return Runner(passes, after=lambda name, _: report(name, 1, 1)).run(captured)
+        return Runner([Normalise(), Rotate(), observe, Smooth()], after=after).run(captured)
 
 
 def observe_again(gm: GraphModule, batches: Iterable[Any], progress: Progress | None = None) -> GraphModule:

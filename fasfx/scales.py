@@ -17,6 +17,7 @@ from fasfx import ops
 from fasfx.ops.functions import FUNCTIONS
 from fasfx.ops.reductions import REDUCTIONS
 from fasfx.program import add_tensor, arg, attribute, constants, fake
+from fasfx.synapses import VIEWS
 
 aten = torch.ops.aten
 _THROUGH_ANY = {  # data movement: one common factor passes
@@ -89,7 +90,7 @@ class Scaler:
             return bool((scale >= 0).all()) and self.absorb(first, scale)
         if target in _THROUGH_ANY:
             return scale.numel() == 1 and self.absorb(first, scale.reshape(()))
-        if target in (aten.transpose.int, aten.view.default, aten.reshape.default, aten.permute.default):
+        if target in VIEWS:
             before = before_move(node, scale)
             return before is not None and self.absorb(first, before)
         if target is aten.mul.Tensor:

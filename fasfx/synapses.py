@@ -54,7 +54,7 @@ TRANSPOSED_CONVOLUTIONS = frozenset({aten.conv_transpose1d.default, aten.conv_tr
 SYNAPSES: dict[Any, Synapse] = {
     aten.linear.default: Synapse((0, 1), _linear_macs),
     ops.integer_linear.op: Synapse((0,), _linear_macs),
-    ops.integer_matmul.matmul: Synapse((0, 1), _matmul_macs),
+    ops.integer_matmul.op: Synapse((0, 1), _matmul_macs),
     aten.matmul.default: Synapse((0, 1), _matmul_macs),
     **dict.fromkeys(CONVOLUTIONS, Synapse((0,), _conv_macs)),
     **dict.fromkeys(TRANSPOSED_CONVOLUTIONS, Synapse((0,), _transposed_conv_macs)),
@@ -134,7 +134,7 @@ class Carriers:
         while is_byte(node) and node.target in MOVES:
             node = node.args[0]
         return isinstance(node, Node) and (
-            node.target in ops.NEURONS | {ops.integer_matmul.value}
+            node.target in ops.NEURONS | {ops.byte_value.op}
             or is_firing_rate(node)
             or (node.target is aten.mul.Tensor and self._is_decoded(node))
         )
@@ -149,6 +149,11 @@ def _is_per_row(node: Node) -> bool:
     """Whether a value has one element per row: a threshold computed from its row, not a gate's other factor."""
     value = fake(node)
     return value is not None and value.dim() > 0 and value.shape[-1] == 1
+
+
+def is_gated(node: Node, values: set[Node]) -> bool:
+    """Whether a value is the product of two values, as behind a gate."""
+    return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
 
 
 def is_byte(node: Any) -> bool:
@@ -243,6 +248,8 @@ def sums_exponentials(node: Node) -> bool:
     return isinstance(left, Node) and left.target is aten.exp.default
 
 
+# Rearrange dims, entry by entry.
+VIEWS: tuple[Any, ...] = (aten.view.default, aten.reshape.default, aten.transpose.int, aten.permute.default)
 NON_NEGATIVE = {
     aten.exp.default,
     aten.relu.default,
@@ -254,10 +261,7 @@ NON_NEGATIVE = {
     aten.relu6.default,
 }
 MOVES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten.transpose.int,
-    aten.permute.default,
+    *VIEWS,
     aten.contiguous.default,
     aten.clone.default,
     aten.expand.default,

@@ -18,7 +18,7 @@ from fasfx.ledger import Bound, Entry
 from fasfx.passes.observe import replaced_activations
 from fasfx.program import Site, add_tensor, arg, describe, facts, fake, insert
 from fasfx.runner import Pass
-from fasfx.synapses import RELAYS, carried_values, operand, sums_exponentials, synapses
+from fasfx.synapses import RELAYS, carried_values, is_gated, operand, sums_exponentials, synapses
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
@@ -115,7 +115,7 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     The products' constraint on channels holds for those that are calibrated; learned ones keep it (fasfx.learnable).
     """
     config, values = facts(gm).config, carried_values(gm)
-    gates = {node.name for node in values if _is_product(node, values)}
+    gates = {node.name for node in values if is_gated(node, values)}
     sums = {node.name for node in values if node.target is aten.matmul.default and sums_exponentials(node)}
     theta = {n: _threshold(site, config, n in gates, n in sums) for n, site in facts(gm).sites.items()}
     for node, live in synapses(gm):
@@ -125,11 +125,6 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
         if (learned := site.theta if site.tuned is None else site.tuned) is not None:
             theta[name] = learned
     return theta
-
-
-def _is_product(node: Node, values: set[Node]) -> bool:
-    """Whether a value is the product of two values, as behind a gate."""
-    return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
 
 
 def _threshold(site: Site, config: SpikeConfig, product: bool, summed: bool) -> Tensor:

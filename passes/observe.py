@@ -23,6 +23,7 @@ from fasfx.synapses import (
     activations,
     carried_values,
     channel_dims,
+    is_gated,
     non_negative,
     operand,
     reduce_peak,
@@ -97,20 +98,18 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
     if config.coverage == "activation" or config.activation == "replace":
         for value in _sent_activations(gm):
             found.setdefault(value, _activation_site(value, signed=not (non_negative(value) or value in replaced)))
-    values = carried_values(gm)
+    values, per_row = carried_values(gm), _gates_per_row(gm)
     for node, site in found.items():
         token = config.resolved_granularity == "token" and site.fixed is None
-        site.dynamic = token or (site.channel == (-1,) and _is_gated(gm, node, values))
+        site.dynamic = token or (per_row and site.channel == (-1,) and is_gated(node, values))
     return {node.name: found[node] for node in gm.graph.nodes if node in found}
 
 
-def _is_gated(gm: GraphModule, node: Node, values: set[Node]) -> bool:
-    """Whether a value is a product of two, whose rows differ too much for one threshold of counts that are bytes."""
+def _gates_per_row(gm: GraphModule) -> bool:
+    """Whether gated values get a threshold per row: rows differ too much for one, where counts are bytes."""
     config = facts(gm).config
     asked = config.weights == "int8" and config.granularity is None and CODES[config.code].rounds
-    if not asked or facts(gm).trainable:
-        return False
-    return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
+    return asked and not facts(gm).trainable
 
 
 def replaced_activations(gm: GraphModule) -> dict[Node, Node]:

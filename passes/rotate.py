@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from fasfx.heads import Values, find_values
 from fasfx.program import Declined, facts
-from fasfx.rotating import Stream, Values, find_streams, find_values, rotate_stream, rotate_values
+from fasfx.rotating import rotate_stream, rotate_values
 from fasfx.runner import Pass
+from fasfx.streams import Stream, find_streams
 
 
 class Rotate(Pass):

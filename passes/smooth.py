@@ -59,7 +59,7 @@ class Smooth(Pass):
                 peak = (_range(site) / scale).amax().to(site.peak)
                 tail = None if site.tail is None else (site.tail / scale).amax().to(site.tail)
                 site = dataclasses.replace(site, name=value.name, channel=(), peak=peak, tail=tail)
-            new[site.name] = site
+            new[site.name] = dataclasses.replace(site, rms=None)
         facts(gm).sites = new
         return bool(new)
 

@@ -1,15 +1,11 @@
 """What strangers found when they read both stages, and what keeps it from coming back."""
 
-# ruff: noqa: F811
-
 import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_cli import assert_refused, run
-from test_finetune import TRAINING, assert_same, finetune, place, trained, watch, weights  # noqa: F401
 from test_training import EXACT, classifier, clipped, inputs, original, text, trainer
 from torch import nn
 
@@ -68,24 +64,6 @@ def test_gradient_accumulation_does_not_multiply_the_objectives_terms(tmp_path: 
         whole.train()
         found.append(qann.get_parameter("classifier.weight").detach() - before)
     assert torch.allclose(found[0], found[1], rtol=1e-6), float(found[1].norm() / found[0].norm())  # 2.0
-
-
-def test_a_refused_finetune_leaves_nothing_and_does_not_block_the_next(place: Path, tmp_path: Path) -> None:
-    assert_refused(finetune(place, tmp_path / "out", *TRAINING, "--distill"), "are new")
-    assert list(tmp_path.iterdir()) == []
-    result = finetune(place, tmp_path / "out", *TRAINING)
-    assert result.exit_code == 0, result.output
-
-
-def test_a_killed_finetune_ends_in_the_same_weights(
-    place: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = (*TRAINING, "--evaluation", place / "other.jsonl")
-    watch(monkeypatch, stop=("train", 8))
-    assert finetune(place, tmp_path / "out", *given).exit_code not in (0, 2)
-    watch(monkeypatch)
-    assert finetune(place, tmp_path / "out", *given).exit_code == 0
-    assert_same(weights(tmp_path / "out"), weights(trained[0]))
 
 
 @pytest.mark.parametrize("content", [[1], {"x": 1}, {"recipe": "{}"}], ids=str)
@@ -182,20 +160,6 @@ def test_an_objective_needs_an_output_with_a_loss() -> None:
         qann(x)
 
 
-def test_progress_of_tune_outlives_a_failed_save(
-    place: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_space(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", no_space)
-    given = ("tune", trained[0], "--data", place / "texts.txt", "-o", tmp_path / "out", "--epochs", 1)
-    assert_refused(run(*given), "No space left")
-    assert (tmp_path / "out.tuning" / FILE).exists()
-    monkeypatch.undo()
-    assert run(*given).exit_code == 0 and [file.name for file in tmp_path.iterdir()] == ["out"]
-
-
 def test_a_product_of_spikes_and_floats_is_no_spike() -> None:
     model, batch = original("llama")
     snn = fasfx.convert(model, [inputs(batch)], fasfx.SpikeConfig.fas(activation="keep"))
@@ -221,14 +185,3 @@ def test_a_batch_norm_between_convolutions_is_folded_after_training(again: bool)
     snn = fasfx.convert(qann, [x] if again else None)
     assert not snn.graph_module.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
     assert torch.allclose(snn(x), qann(x), rtol=1e-12, atol=1e-12)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch(monkeypatch, stop=("train", 8))
-    assert finetune(place, tmp_path / "out", *TRAINING).exit_code not in (0, 2)
-    seen = watch(monkeypatch)
-    broken = tmp_path / "out.training" / "checkpoint-9999"  # newer than any, its last file missing
-    broken.mkdir()
-    (broken / "model.safetensors").write_bytes(b"")
-    assert finetune(place, tmp_path / "out", *TRAINING).exit_code == 0
-    assert min(done for stage, done in seen if stage == "train") > 1  # it did not begin anew

@@ -343,3 +343,49 @@ def test_tuning_that_cannot_be_done(place: Path, trained: tuple[Path, str], tmp_
         assert_refused(run("tune", *arguments), words)
     assert {file: file.read_bytes() for file in out.iterdir()} == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bare", "few.txt"]
+
+
+# --- what readers found --------------------------------------------------------------------------------
+
+
+def test_a_refused_finetune_leaves_nothing_and_does_not_block_the_next(place: Path, tmp_path: Path) -> None:
+    assert_refused(finetune(place, tmp_path / "out", *TRAINING, "--distill"), "are new")
+    assert list(tmp_path.iterdir()) == []
+    result = finetune(place, tmp_path / "out", *TRAINING)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_killed_finetune_ends_in_the_same_weights(
+    place: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (*TRAINING, "--evaluation", place / "other.jsonl")
+    watch(monkeypatch, stop=("train", 8))
+    assert finetune(place, tmp_path / "out", *given).exit_code not in (0, 2)
+    watch(monkeypatch)
+    assert finetune(place, tmp_path / "out", *given).exit_code == 0
+    assert_same(weights(tmp_path / "out"), weights(trained[0]))
+
+
+def test_progress_of_tune_outlives_a_failed_save(
+    place: Path, trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    given = ("tune", trained[0], "--data", place / "texts.txt", "-o", tmp_path / "out", "--epochs", 1)
+    assert_refused(run(*given), "No space left")
+    assert (tmp_path / "out.tuning" / FILE).exists()
+    monkeypatch.undo()
+    assert run(*given).exit_code == 0 and [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_cut_short_is_passed_over(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch(monkeypatch, stop=("train", 8))
+    assert finetune(place, tmp_path / "out", *TRAINING).exit_code not in (0, 2)
+    seen = watch(monkeypatch)
+    broken = tmp_path / "out.training" / "checkpoint-9999"  # newer than any, its last file missing
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"")
+    assert finetune(place, tmp_path / "out", *TRAINING).exit_code == 0
+    assert min(done for stage, done in seen if stage == "train") > 1  # it did not begin anew

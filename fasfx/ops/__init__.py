@@ -2,6 +2,7 @@
 
 from fasfx.ops import (
     byte_count,
+    byte_value,
     count,
     fire,
     group,
@@ -27,6 +28,7 @@ __all__ = [
     "NEURONS",
     "Code",
     "byte_count",
+    "byte_value",
     "count",
     "fire",
     "group",

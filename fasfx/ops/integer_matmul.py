@@ -1,8 +1,7 @@
-"""`fasfx::integer_matmul`: spike counts meet spike counts; `fasfx::byte_value`: counts of bytes for other readers."""
+"""`fasfx::integer_matmul`: spike counts meet spike counts."""
 
 from typing import Any
 
-import numpy as np
 import torch
 from onnxscript import FLOAT, UINT8
 from onnxscript import opset18 as onnx
@@ -10,12 +9,12 @@ from onnxscript.function_libs.torch_lib.registration import torch_op
 from torch import Tensor
 
 from fasfx.ops.byte_count import LARGEST
-from fasfx.ops.library import LIBRARY, onnx_number
+from fasfx.ops.byte_value import onnx_byte_value
+from fasfx.ops.library import LIBRARY
 
 EXACT = 2**24 // LARGEST**2  # summands whose sum is exact in float32
 
 LIBRARY.define("integer_matmul(Tensor a, Tensor b, int zero_a, int zero_b) -> Tensor")
-LIBRARY.define("byte_value(Tensor n, int zero) -> Tensor")
 
 
 def integer_matmul(a: Tensor, b: Tensor, zero_a: int, zero_b: int) -> Tensor:
@@ -33,16 +32,9 @@ def like_product(a: Tensor, b: Tensor, zero_a: int, zero_b: int) -> Tensor:
     return torch.matmul(a.to(torch.float32), b.to(torch.float32))
 
 
-def byte_value(n: Tensor, zero: int) -> Tensor:
-    """n - zero.   Shape: any, uint8; result float32.   Unit: spike counts.   Error: none.   Grad: none."""
-    return n.to(torch.float32) - zero
-
-
 LIBRARY.impl("integer_matmul", integer_matmul, "CompositeExplicitAutograd")
 torch.library.register_fake("fasfx::integer_matmul", like_product, lib=LIBRARY)
-LIBRARY.impl("byte_value", byte_value, "CompositeImplicitAutograd")
-matmul = torch.ops.fasfx.integer_matmul.default
-value = torch.ops.fasfx.byte_value.default
+op = torch.ops.fasfx.integer_matmul.default
 
 
 @torch_op("fasfx::integer_matmul", trace_only=True)
@@ -51,11 +43,4 @@ def onnx_integer_matmul(a: UINT8, b: UINT8, zero_a: int, zero_b: int) -> FLOAT:
     left: Any = onnx_byte_value(a, zero_a)
     right: Any = onnx_byte_value(b, zero_b)
     out: FLOAT = onnx.MatMul(left, right)
-    return out
-
-
-@torch_op("fasfx::byte_value", trace_only=True)
-def onnx_byte_value(n: UINT8, zero: int) -> FLOAT:
-    """DequantizeLinear of scale 1."""
-    out: FLOAT = onnx.DequantizeLinear(n, onnx_number(1, np.float32), onnx_number(zero, np.uint8))
     return out

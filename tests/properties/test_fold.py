@@ -13,6 +13,7 @@ from fasfx.config import SpikeConfig
 from fasfx.ops import CODES
 from fasfx.passes.clip import thresholds
 from fasfx.program import attribute, facts
+from fasfx.tools.bench.models import tiny, tiny_inputs
 
 FLOAT_ACCURACY = 1e-11  # float64, a few layers, counts up to 2^19 folded into weights
 STEPS = {"rate": 4, "radix": 5, "multi": 3}
@@ -184,3 +185,10 @@ def test_tied_weights_get_a_threshold_each(granularity: str) -> None:
     first, second = (attribute(levels["FOLDED"], str(n.args[1].target)) for n in linears)
     assert not torch.equal(first, second) and first.data_ptr() != second.data_ptr()
     assert same(outputs(made.module, made.batch), outputs(levels["LOWERED"], made.batch), 2.0**-12)
+
+
+def test_a_gates_scale_goes_into_the_layer_of_one_factor() -> None:
+    """silu(gate) * up: what turns the product into counts is in up's weights, no multiplication of its own."""
+    batch = {**tiny_inputs("llama"), "use_cache": False}
+    snn = fasfx.convert(tiny("llama"), [batch], SpikeConfig(code="radix", timesteps=7, nonlinear="exact"))
+    assert not [d for d in facts(snn.graph_module).declined if d.rule == "scale_to_maker" and "aten.mul" in d.reason]

@@ -29,7 +29,7 @@ def measure(name: str) -> dict[str, float]:
         from fasfx.tools.bench import data
 
         model, tokenizer = cases.smollm2()
-        batches = fidelity._windows(tokenizer, data.split("tales")[0])
+        batches = fidelity.windows_of(tokenizer, data.split("tales")[0])
     with torch.no_grad():
         model(**batches[0])
     weights = sum(value.numel() * value.element_size() for value in {*model.parameters()})

@@ -106,11 +106,11 @@ def export_original(model: Any, inputs: dict[str, Any], folder: Path, opset: int
     exporters.OnnxExporter().export(model, inputs, config).save_pretrained(folder)
 
 
-def session(folder: Path, batch: Batch, session: Any = None) -> Callable[[], object]:
+def session(folder: Path, batch: Batch, opened: Any = None) -> Callable[[], object]:
     """A run of model.onnx on one thread, inputs in place; in a session of its own unless one is given."""
     import onnxruntime
 
-    found = session or onnxruntime.InferenceSession(folder / "model.onnx", timing.session_options())
+    found = opened or onnxruntime.InferenceSession(folder / "model.onnx", timing.session_options())
     inputs = {value.name: batch[value.name].numpy() for value in found.get_inputs()}
     return lambda: found.run(None, inputs)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import fasfx
 from fasfx import scores
@@ -118,12 +119,12 @@ def perplexity(quick: bool) -> Iterator[Table]:
         return
     model, tokenizer = cases.smollm2()
     own, other = data.split(OWN), data.split(OTHER)
-    windows = {kind: _windows(tokenizer, texts[1]) for kind, texts in ((OWN, own), (OTHER, other))}
+    windows = {kind: windows_of(tokenizer, texts[1]) for kind, texts in ((OWN, own), (OTHER, other))}
     original = [scores.perplexity(model, batches) for batches in windows.values()]
     lines = [plain("original, perplexity", original)]
     for code, limits in PERPLEXITY.items():
         config = fasfx.SpikeConfig().replace(code=code, timesteps=min(limits), nonlinear="exact")
-        snn = fasfx.convert(model, _windows(tokenizer, own[0]), config)
+        snn = fasfx.convert(model, windows_of(tokenizer, own[0]), config)
         for steps, limit in limits.items():
             snn.timesteps = steps
             spiking = [scores.perplexity(snn, batches) for batches in windows.values()]
@@ -133,6 +134,6 @@ def perplexity(quick: bool) -> Iterator[Table]:
     yield Table("SmolLM2-135M, perplexity, functions in float", ("", f"on unseen {OWN}", f"on {OTHER}"), lines, note)
 
 
-def _windows(tokenizer: object, texts: list[str]) -> list[data.Batch]:
+def windows_of(tokenizer: Any, texts: list[str], tokens: int = TOKENS) -> list[dict[str, Any]]:
     """Windows of text, without the cache of keys and values that a spiking network has not."""
-    return [{**window, "use_cache": False} for window in data.windows(tokenizer, texts, TOKENS, WINDOW)]  # type: ignore[dict-item]
+    return [{**window, "use_cache": False} for window in data.windows(tokenizer, texts, tokens, WINDOW)]

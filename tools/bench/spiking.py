@@ -90,9 +90,9 @@ def perplexity(quick: bool) -> Iterator[Table]:
         return
     model, tokenizer = cases.smollm2()
     own, unseen = data.split(fidelity.OWN)
-    windows = fidelity._windows(tokenizer, unseen)
+    windows = fidelity.windows_of(tokenizer, unseen)
     config = fasfx.SpikeConfig(nonlinear="spiking", strict=True)
-    snn = fasfx.convert(model, fidelity._windows(tokenizer, own), config)
+    snn = fasfx.convert(model, fidelity.windows_of(tokenizer, own), config)
     ratio = scores.perplexity(snn, windows) / scores.perplexity(model, windows)
     note = f"Calibrated on {fidelity.OWN}; {fidelity.TOKENS:,} unseen tokens of it in windows of {fidelity.WINDOW}."
     yield Table("SmolLM2-135M", ("", "ratio"), [at_most("perplexity, T = 4", [ratio], PERPLEXITY, "{:.4f}")], note)

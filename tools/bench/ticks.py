@@ -16,7 +16,7 @@ from fasfx.difference import main_output
 from fasfx.equivalence import by_tick, spikes_so_far
 from fasfx.tools.bench import cases, cost, data, timing
 from fasfx.tools.bench.data import Batch
-from fasfx.tools.bench.fidelity import ERROR, PERCENT, _windows
+from fasfx.tools.bench.fidelity import ERROR, PERCENT, windows_of
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
 
 MULTI = {4: 0.035, 8: 0.0015}  # tick: limit of the relative error
@@ -101,9 +101,9 @@ def _perplexity(name: str, load: Callable[[], Any]) -> Table:
     model, tokenizer = load()
     own, unseen = data.split("tales")
     limits = PERPLEXITY[name]
-    windows = _windows(tokenizer, unseen)[: WINDOWS // 511]
+    windows = windows_of(tokenizer, unseen)[: WINDOWS // 511]
     config = fasfx.SpikeConfig.low_latency(max(limits), nonlinear="exact")
-    snn = fasfx.convert(model, _windows(tokenizer, own), config)
+    snn = fasfx.convert(model, windows_of(tokenizer, own), config)
     loss, base, equal, count = [0.0] * snn.timesteps, 0.0, [0] * snn.timesteps, 0
     for window in windows:
         target = window["input_ids"][:, 1:].flatten()

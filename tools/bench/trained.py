@@ -27,6 +27,7 @@ from fasfx.tuning import tune
 
 CALIBRATION, TUNING = 8, 20  # batches of training rows
 BATCH, BLOCKS = 32, 8  # rows of a batch: of texts or images, of blocks of language
+DISTILLATION = 2.0  # temperature
 
 
 class Kept(NamedTuple):
@@ -49,15 +50,15 @@ def original(name: str, seed: int, epochs: float, lr: float) -> Kept:
     return _weights(model, {"original": name, "how": asdict(training)}, lambda at: _fit(model, task, training, at))
 
 
-def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.SpikeConfig, aim: fasfx.Objective,
-              of: Any) -> Kept:  # fmt: skip
-    """The objective's teacher, trained on with the values that spikes will carry.
+def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.SpikeConfig, teacher: nn.Module,
+              spikes: float = 0.0, of: Any = None) -> Kept:  # fmt: skip
+    """The teacher, trained on with the values that spikes will carry, distilled from itself.
 
     of: what made the teacher.
     """
-    task, teacher = TASKS[name](), aim.teacher
-    assert teacher is not None
+    task = TASKS[name]()
     training = _training(task, seed, epochs, lr)
+    aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
     batches = task.inputs(task.train[: CALIBRATION * training.batch], training.batch)
     qann = fasfx.prepare(teacher, [batch | without_cache(teacher) for batch in batches], config, aim)
     every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
