@@ -15,6 +15,7 @@ from fasfx.ops.precision import mantissa_bits, needs_double
 from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.program import facts, fake, freeze
 from fasfx.runner import Runner
+from fasfx.runtime.integrity import write_sums
 from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
 from fasfx.runtime.merging import merge_layers
 from fasfx.runtime.rules import for_runtime
@@ -70,6 +71,7 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
     exported.config = model.config
     with written_beside(folder) as staging:
         exported.save_pretrained(staging)
+        write_sums(staging)
 
 
 def _require_float32(model: SpikingModel) -> None:

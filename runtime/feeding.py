@@ -1,0 +1,67 @@
+"""Inputs of an ONNX Runtime session: their names, ranks and types, and what it says of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasfx.errors import ConfigError, InputError
+
+DTYPES = {  # of what a model's inputs can be
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+    "tensor(bool)": torch.bool,
+}
+
+
+def checked(session: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors among the inputs, in the order of `names`. Raises InputError naming one that is missing or wrong."""
+    if missing := [name for name in names if not isinstance(inputs.get(name), Tensor)]:
+        raise InputError(f"missing input {', '.join(missing)}: the model takes {', '.join(names)}")
+    if unknown := sorted(k for k, v in inputs.items() if k not in names and isinstance(v, Tensor)):
+        raise InputError(f"unknown input {', '.join(unknown)}: the model takes {', '.join(names)}")
+    known = {value.name: value for value in session.get_inputs()}
+    for name in names:
+        given, wanted = inputs[name], known.get(name)  # None: the graph does not read it
+        if wanted is not None and given.dim() != len(wanted.shape):
+            raise InputError(f"{name} has rank {given.dim()}: the model takes rank {len(wanted.shape)}")
+        if wanted is not None and given.dtype != DTYPES[wanted.type]:
+            raise InputError(f"{name} is {given.dtype}: the model takes {DTYPES[wanted.type]}")
+    return {name: inputs[name] for name in names}
+
+
+def ones(session: Any, names: Sequence[str], sizes: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of ones; `sizes` are those of the dynamic dimensions, in their order.
+
+    Raises ConfigError for another number of sizes.
+    """
+    known = {value.name: value for value in session.get_inputs() if value.name in names}
+    dynamic = list(dict.fromkeys(d for value in known.values() for d in value.shape if isinstance(d, str)))
+    if len(dynamic) != len(sizes):
+        raise ConfigError(f"sizes {tuple(sizes)}: give {len(dynamic)}, those of {', '.join(dynamic)}")
+    given = dict(zip(dynamic, sizes, strict=True))
+    return {
+        name: torch.ones([given.get(d, d) for d in value.shape], dtype=DTYPES[value.type])
+        for name, value in known.items()
+    }
+
+
+def positive(steps: int) -> int:
+    """T as given. Raises ConfigError unless it is a whole number from 1 on."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"timesteps={steps!r}: must be a whole number of at least 1")
+    return steps
+
+
+def refused(run: Callable[[], Any]) -> Any:
+    """What ONNX Runtime says no to is an InputError."""
+    try:
+        return run()
+    except Exception as error:
+        raise InputError(f"ONNX Runtime refuses these inputs: {str(error).splitlines()[0]}") from error
