@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasfx.capture import is_hugging_face, labels_of, parameters_of, takes_any
+from fasfx.devices import device_of, moved
 from fasfx.errors import CalibrationError, InputError
 
 Batch = dict[str, Any]
@@ -101,13 +102,13 @@ def default_batches(model: nn.Module) -> list[Batch]:
             f"{type(model).__name__} is no Hugging Face model: pass calibration=[example inputs, ...]"
         )
     if model.main_input_name == "input_ids" and (tokenizer := tokenizer_beside(str(model.name_or_path))) is not None:
-        return text_batches(model, tokenizer, sentences())
+        return [moved(batch, device_of(model)) for batch in text_batches(model, tokenizer, sentences())]
     warnings.warn(
         f"no calibration data: thresholds of {type(model).__name__} come from random inputs and will not fit "
         "real ones; pass calibration=[a few batches of real inputs]",
         stacklevel=5,
     )
-    return [_random_batch(model, seed) for seed in range(NUM_RANDOM_BATCHES)]
+    return [moved(_random_batch(model, seed), device_of(model)) for seed in range(NUM_RANDOM_BATCHES)]
 
 
 def sentences() -> list[str]:

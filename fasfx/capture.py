@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, default_decompositions
 from torch.export.dynamic_shapes import refine_dynamic_shapes_from_suggested_fixes
 from torch.fx import GraphModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils.generic import find_labels
 
 from fasfx.config import SpikeConfig
@@ -148,6 +149,12 @@ def _export_refining(model: nn.Module, tensors: Inputs, constants: Inputs) -> Ex
 
 
 def _export(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any, defer: bool) -> ExportedProgram:
+    # A GPU's fused attention asks for lengths that are multiples of 8; the program writes attention out anyway.
+    with sdpa_kernel(SDPBackend.MATH):
+        return _export_once(model, tensors, constants, shapes, defer)
+
+
+def _export_once(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any, defer: bool) -> ExportedProgram:
     if is_hugging_face(model):
         from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 

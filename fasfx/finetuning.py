@@ -19,6 +19,7 @@ from fasfx.capture import parameters_of
 from fasfx.config import SpikeConfig
 from fasfx.conversion import convert
 from fasfx.datasets import Example, blocks, examples, read_labelled, split
+from fasfx.devices import device_of, moved
 from fasfx.errors import CheckpointError, ConfigError, RuntimeUnavailableError
 from fasfx.model import SpikingModel
 from fasfx.objective import Objective
@@ -89,10 +90,11 @@ def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, 
     objective = Objective(teacher=model if recipe.distill else None, spikes=recipe.spikes)
     qann = prepare(model, calibration, config, objective, progress)
     fit(qann, rows, collate, folder, recipe.training, progress)
-    warnings = qann.diagnose(**batches[0])
+    here = device_of(qann)  # where the Trainer took it
+    warnings = qann.diagnose(**moved(batches[0], here))
     qann.eval()
-    snn = convert(qann, calibration, progress=progress)
-    measured = [collate(part) for part in _parts(held, recipe.training.batch)]
+    snn = convert(qann, [moved(batch, here) for batch in calibration], progress=progress)
+    measured = [moved(collate(part), here) for part in _parts(held, recipe.training.batch)]
     score, of = ("accuracy", accuracy) if recipe.task == "classification" else ("perplexity", perplexity)
     return Result(snn, score, of(qann, measured), of(snn, measured), warnings)
 

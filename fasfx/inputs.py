@@ -57,6 +57,8 @@ def _check(gm: GraphModule, given: Mapping[str, Any]) -> None:
             raise InputError(
                 f"{name} is {value.dtype} of rank {value.dim()}: the model takes {wanted.dtype} of rank {wanted.dim()}"
             )
+        if value.device != wanted.device:
+            raise InputError(f"{name} is on {value.device}, the model on {wanted.device}: move one with .to()")
         for dim, size in enumerate(wanted.shape):
             found = value.shape[dim]
             other, same = sizes.setdefault(str(size), (name, found)) if not isinstance(size, int) else ("", size)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
 from fasfx.coverage import coverage, require_full
+from fasfx.devices import device_of, follow
 from fasfx.errors import ConfigError
 from fasfx.inputs import bind, input_names
 from fasfx.ledger import Ledger
@@ -170,6 +171,13 @@ class SpikingModel(nn.Module):
 
     def _inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         return bind(self.ranged, args, kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SpikingModel:
+        """What `to`, `cuda` and the like call."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for program in (self.ranged, self.graph_module):
+            follow(program, device_of(self))
+        return self
 
     # --- facts -------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Objective:
 
     task:        the model's own loss for its labels.
     teacher:     the original model, or a fine-tuned one of the same kind; evaluated on every batch, never changed.
+                 With one, dropout is off in train mode too: the teacher's values have none.
     logits:      KL divergence of the logits from the teacher's, at `temperature`; of an output without logits, such as
                  an encoder's, the relative squared error of its main tensor.
     hidden:      relative squared error of what sites transmit from the teacher's values, mean over the sites.

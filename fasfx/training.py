@@ -20,6 +20,7 @@ from fasfx.alignment import Recorder
 from fasfx.batch_norms import fold_batch_norms
 from fasfx.capture import labels_of, takes_any
 from fasfx.config import SpikeConfig
+from fasfx.devices import device_of, follow
 from fasfx.errors import ConfigError, InputError
 from fasfx.inputs import bind, input_names
 from fasfx.layers import Layers
@@ -149,11 +150,12 @@ class ClippedModel(nn.Module):
         ranged, teacher = self._programs[0], aim.teacher
         self._teachers = () if teacher is None else (teacher_program(ranged, teacher, self.config),)
         self._objective = aim
+        self.train(self.training)
 
     def train(self, mode: bool = True) -> ClippedModel:
-        """Dropout on or off, as in the original."""
+        """Dropout on or off, as in the original; off with a teacher, whose values it would hide (decision 10)."""
         super().train(mode)
-        set_dropout(self._programs[1], mode)
+        set_dropout(self._programs[1], mode and self._teacher is None)
         self._layers = None
         return self
 
@@ -212,6 +214,10 @@ class ClippedModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> ClippedModel:
         self._layers = None  # it would keep the tensors that fn replaces
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for program in (self._programs[0], *self._teachers):  # no submodules
+            program._apply(fn)
+        for program in (*self._programs, *self._teachers):
+            follow(program, device_of(self))
         return self
 
     # --- leaving -----------------------------------------------------------------------------------------

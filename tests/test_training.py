@@ -194,6 +194,16 @@ def test_dropout_is_there_in_train_mode_only(field: str) -> None:
         assert torch.equal(qann(**batch).logits, still)
 
 
+@pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_a_teacher_switches_dropout_off(field: str) -> None:
+    original, batch = classifier(**{field: 0.5}), inputs(text())
+    qann = clipped(original).train()
+    qann.objective = fasfx.Objective(teacher=original)
+    assert torch.equal(qann(**batch).logits, qann(**batch).logits)
+    qann.objective = fasfx.Objective()
+    assert not torch.equal(qann(**batch).logits, qann(**batch).logits)
+
+
 # --- T -> large -------------------------------------------------------------------------------------------
 
 

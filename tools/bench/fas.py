@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import fasfx
+from fasfx.devices import device_of
 from fasfx.tools.bench.synops import energy
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
 from fasfx.tools.bench.tasks import TASKS, Task
@@ -30,8 +31,8 @@ class Case:
     coverage: str
     trained: int
     ticks: tuple[int, ...]
-    epochs: float = 2
-    lr: float = 3e-5
+    epochs: float = 3
+    lr: float = 1e-4
 
     @property
     def config(self) -> fasfx.SpikeConfig:
@@ -96,7 +97,7 @@ def _at(
     calibrated = tuned(case.task, snn, ("layer", "neuron"), [of, ticks], 4 if quick else 20)
     layer = tuned(case.task, snn, ("layer",), [of, ticks], 4 if quick else 20).model
     errors = calibrated.model.tuning
-    cost = energy(calibrated.model, task.inputs(task.test[:32])[0])
+    cost = energy(calibrated.model, task.inputs(task.test[:32], device=device_of(calibrated.model))[0])
     found = {
         "uncalibrated": task.measure(snn, rows),
         "after layer": task.measure(layer, rows),

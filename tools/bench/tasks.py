@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from fasfx.datasets import Example, Labelled, blocks, examples
+from fasfx.devices import device_of, moved
 from fasfx.errors import MissingDataError
 from fasfx.finetuning import collator
 from fasfx.scores import accuracy, perplexity
@@ -45,16 +46,17 @@ class Task:
 
     def measure(self, model: nn.Module, rows: int | None = None) -> float:
         """The score on (the first) rows to measure on."""
-        batches = self.batches(sorted(self.test[:rows], key=_tokens))  # rows of a length: little padding
+        rows_by_length = sorted(self.test[:rows], key=_tokens)  # rows of a length: little padding
+        batches = self.batches(rows_by_length, device=device_of(model))
         return accuracy(model, batches) if self.score == "accuracy" else perplexity(model, batches)
 
-    def batches(self, rows: list[Example], size: int = 32) -> list[dict[str, Any]]:
-        """Rows as batches, in order."""
-        return [self.collate(rows[at : at + size]) for at in range(0, len(rows), size)]
+    def batches(self, rows: list[Example], size: int = 32, device: Any = None) -> list[dict[str, Any]]:
+        """Rows as batches, in order, on a device."""
+        return [moved(self.collate(rows[at : at + size]), device) for at in range(0, len(rows), size)]
 
-    def inputs(self, rows: list[Example], size: int = 32) -> list[dict[str, Any]]:
+    def inputs(self, rows: list[Example], size: int = 32, device: Any = None) -> list[dict[str, Any]]:
         """The same without labels."""
-        return [{n: v for n, v in batch.items() if n != "labels"} for batch in self.batches(rows, size)]
+        return [{n: v for n, v in batch.items() if n != "labels"} for batch in self.batches(rows, size, device)]
 
 
 def _tokens(row: Example) -> int:

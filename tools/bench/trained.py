@@ -16,11 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 import fasfx
 from fasfx.calibration import without_cache
+from fasfx.devices import device_of
 from fasfx.finetuning import Training, fit
 from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tuning import tune
@@ -28,6 +30,7 @@ from fasfx.tuning import tune
 CALIBRATION, TUNING = 8, 20  # batches of training rows
 BATCH, BLOCKS = 32, 8  # rows of a batch: of texts or images, of blocks of language
 DISTILLATION = 2.0  # temperature
+HERE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")  # where the Trainer trains
 
 
 class Kept(NamedTuple):
@@ -59,7 +62,7 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     task = TASKS[name]()
     training = _training(task, seed, epochs, lr)
     aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
-    batches = task.inputs(task.train[: CALIBRATION * training.batch], training.batch)
+    batches = task.inputs(task.train[: CALIBRATION * training.batch], training.batch, device_of(teacher))
     qann = fasfx.prepare(teacher, [batch | without_cache(teacher) for batch in batches], config, aim)
     every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
     aims = {name: getattr(aim, name) for name in ("task", "logits", "hidden", "temperature", "spikes")}
@@ -73,12 +76,12 @@ def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, 
     if not (folder / "network").exists():
         size = BATCH if task.score == "accuracy" else BLOCKS
         start = time.perf_counter()
-        given = task.inputs(task.train[-batches * size :], size)
+        given = task.inputs(task.train[-batches * size :], size, device_of(snn))
         found = tune(snn, given, stages, folder=folder / "tuning", progress=_report)
         found.save_pretrained(folder / "network")
         _note(folder, recipe, start)
         shutil.rmtree(folder / "tuning")
-    return Kept(fasfx.SpikingModel.from_pretrained(folder / "network"), _seconds(folder))
+    return Kept(fasfx.SpikingModel.from_pretrained(folder / "network").to(device_of(snn)), _seconds(folder))
 
 
 def _training(task: Task, seed: int, epochs: float, lr: float) -> Training:
@@ -100,7 +103,7 @@ def _weights(model: nn.Module, recipe: dict[str, Any], train: Callable[[Path], N
         _note(folder, recipe, start)
         shutil.rmtree(folder / "training")
     load_model(model, folder / "model.safetensors")
-    return Kept(model.eval(), _seconds(folder))
+    return Kept(model.eval().to(HERE), _seconds(folder))
 
 
 def _note(folder: Path, recipe: dict[str, Any], start: float) -> None:
