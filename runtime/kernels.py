@@ -43,18 +43,17 @@ def missing_kernels(folder: str | Path, provider: str = "cuda") -> pandas.DataFr
     require_provider(provider)
     try:
         model = onnx.load(Path(folder) / "model.onnx", load_external_data=False)
+        (opset,) = (imported.version for imported in model.opset_import if imported.domain in STANDARD)
     except Exception as error:
         raise CheckpointError(f"the export in {folder} cannot be read: {str(error).splitlines()[0]}") from error
-    (opset,) = (imported.version for imported in model.opset_import if imported.domain in STANDARD)
     rows = []
     for node, types in _nodes(onnx.shape_inference.infer_shapes(model).graph, {}):
         version, reason = _lack(node, opset, types, _kernels(provider))
         if reason:
             shown = (types.get(name) or "unknown" for name in (*node.input, *node.output) if name)
             rows.append((node.name, node.op_type, version, " ".join(shown), reason))
-    return pandas.DataFrame(rows, columns=["node", "operator", "version", "types", "reason"]).astype(
-        {"version": "Int64"}
-    )
+    found = pandas.DataFrame(rows, columns=["node", "operator", "version", "types", "reason"])
+    return found.astype({"version": "Int64"})
 
 
 def require_provider(provider: str) -> None:

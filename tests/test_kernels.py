@@ -101,6 +101,9 @@ def test_a_row_tells_node_types_and_version(tmp_path: Path) -> None:
 def test_what_cannot_be_checked(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         missing_kernels(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        missing_kernels(tmp_path)
     with pytest.raises(ConfigError, match="'tpu': choose cuda"):
         missing_kernels(tmp_path, "tpu")
 
