@@ -120,7 +120,7 @@ def smooth_into_maker(gm: GraphModule, scaler: Scaler, value: Node, readers: lis
     for user in users:
         user.replace_input_with(value, divided)
     if scaler.absorb(value, 1 / scale):
-        made = arg(divided, 0)  # a value that was a factor times another is gone now: the other has taken it
+        made: Node = arg(divided, 0)  # a value that was a factor times another is gone now: the other has taken it
         divided.replace_all_uses_with(made)
         gm.graph.erase_node(divided)
         return made
