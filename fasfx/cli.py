@@ -9,7 +9,19 @@ import typer
 from typer.core import TyperGroup
 
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError, FasfxError
-from fasfx.terminal import contributions, equivalence, progress, quiet, say, show, silent, table, tuning, working
+from fasfx.terminal import (
+    contributions,
+    equivalence,
+    kernels,
+    progress,
+    quiet,
+    say,
+    show,
+    silent,
+    table,
+    tuning,
+    working,
+)
 
 if TYPE_CHECKING:
     from fasfx.config import SpikeConfig
@@ -63,6 +75,7 @@ Onnx = Annotated[Path, typer.Option(help="Folder for model.onnx and what belongs
 Ticks = Annotated[bool, typer.Option("--ticks", help="Watch the answer settle, tick by tick, instead.")]
 Form = Annotated[str | None, typer.Option(help="loop or step (synchronous), integer or closed (int8 weights).")]
 Opset = Annotated[int, typer.Option(help="ONNX operator set, 18 or newer.")]
+Provider = Annotated[str | None, typer.Option("--for", help="Fail if a node has no kernel there: cuda.")]
 
 Task = Annotated[str, typer.Option(help="classification (.jsonl or .csv with text and label) or language-modelling.")]
 TrainData = Annotated[Path, typer.Option(help="What to train on.")]
@@ -255,16 +268,25 @@ def check(
 
 
 @app.command()
-def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18, form: Form = None) -> None:
+def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18, form: Form = None, provider: Provider = None) -> None:
     """Export the spiking network OUT to ONNX, with dynamic batch and length."""
     with quiet():
         import fasfx
         from fasfx.folders import check_target
+        from fasfx.runtime.kernels import missing_kernels, require_provider
 
+        if provider is not None:
+            require_provider(provider)
         snn = fasfx.SpikingModel.from_pretrained(out)
         check_target(onnx)
         with working("exporting"), silent():
             snn.to_onnx(onnx, opset_version=opset, form=form)
+    if provider is not None and len(missing := missing_kernels(onnx, provider)):
+        kernels(missing, f"Nodes without a kernel on {provider}")
+        raise ConfigError(
+            f"{onnx} is written, but {len(missing)} of its nodes have no kernel on {provider}: choose --opset 18, or "
+            "another --form"
+        )
     show(f"ONNX model in {onnx}; run it with fasfx.runtime.OnnxModel")
 
 

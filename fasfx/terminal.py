@@ -152,6 +152,13 @@ def contributions(figures: pandas.DataFrame, title: str) -> None:
     table(title, ("site or group", "module", "error of the output"), rows)
 
 
+def kernels(missing: pandas.DataFrame, title: str) -> None:
+    """Print fasfx.runtime.missing_kernels's nodes, equal ones counted."""
+    columns = ["operator", "version", "types", "reason"]
+    counted = missing.value_counts(columns, dropna=False)
+    table(title, ("nodes", *columns), ((count, *cells) for cells, count in counted.items()))
+
+
 def tuning(figures: pandas.DataFrame, title: str) -> None:
     """Print SpikingModel.tuning: relative squared errors of sites before and after each stage, their mean last."""
     stages = [name for name in figures if name not in ("site", "module")]

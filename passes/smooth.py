@@ -120,9 +120,10 @@ def smooth_into_maker(gm: GraphModule, scaler: Scaler, value: Node, readers: lis
     for user in users:
         user.replace_input_with(value, divided)
     if scaler.absorb(value, 1 / scale):
-        divided.replace_all_uses_with(value)
+        made: Node = arg(divided, 0)  # a value that was a factor times another is gone now: the other has taken it
+        divided.replace_all_uses_with(made)
         gm.graph.erase_node(divided)
-        return value
+        return made
     scaler.set_factor(divided, 1 / scale)
     why = "others read the value too" if len(value.users) > 1 else f"a factor does not move through {value.target}"
     facts(gm).declined.append(Declined("smooth", "smooth_into_maker", value.name, why))

@@ -198,6 +198,17 @@ def test_export_runs_in_onnx_runtime(place: Path, converted: Path, tmp_path: Pat
     assert found.last_hidden_state.shape == (4, batch["input_ids"].shape[1], 32)
 
 
+def test_export_tells_which_nodes_have_no_cuda_kernel(place: Path, converted: Path, tmp_path: Path) -> None:
+    checked = ("export", converted, "--onnx", tmp_path / "onnx", "--for", "cuda")
+    result = run(*checked)
+    assert result.exit_code == 0, result.output
+    result = run(*checked, "--opset", 23)
+    missing = fasfx.runtime.missing_kernels(tmp_path / "onnx")
+    assert_refused(result, f"{len(missing)} of its nodes have no kernel on cuda", "--opset 18")
+    for words in ("ReduceMax", "no kernel for version 20"):
+        assert words in result.stdout
+
+
 def test_passes_list_is_the_pipeline() -> None:
     result = process("passes", "list")
     assert result.returncode == 0
@@ -416,6 +427,11 @@ def test_check_of_another_models_network(converted: Path, place: Path, tmp_path:
 def test_plot_that_cannot_be_drawn(plot: str, place: Path, converted: Path, tmp_path: Path) -> None:
     given = ("--data", place / "texts.txt", "--timesteps", 1, "--plot", plot.format(tmp_path))
     assert_refused(run("check", place / "model", converted, *given), "cannot draw to")
+
+
+def test_a_provider_whose_kernels_are_not_known(converted: Path, tmp_path: Path) -> None:
+    assert_refused(run("export", converted, "--onnx", tmp_path / "onnx", "--for", "tpu"), "'tpu': choose cuda")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("opset", [3, 17, 99])

@@ -52,7 +52,7 @@ def batch(family: str, rows: int = 2, length: int = 9, seed: int = 0) -> dict[st
 
 def converted(family: str, **changes: Any) -> tuple[nn.Module, fasfx.SpikingModel]:
     model = uneven(family)
-    extra = {"use_cache": False} if family in ("gpt2", "llama", "opt") else {}
+    extra = {"use_cache": False} if family in ("gpt2", "llama", "opt", "t5") else {}
     return model, fasfx.convert(model, [batch(family) | extra], fasfx.SpikeConfig.integer(**changes))
 
 
@@ -169,11 +169,12 @@ def test_rotations_are_orthogonal_and_spread(size: int) -> None:
     assert float(q.abs().max()) <= (2 / size) ** 0.5 + 1e-12 or size == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TINY)
 def test_rotate_and_smooth_change_nothing(family: str) -> None:
     model, snn = converted(family)
     declined = {d.rule for d in facts(snn.ranged).declined if d.pass_name == "rotate"}
-    assert declined == {"bert": {"rotate_stream"}, "gpt2": {"rotate_values"}}.get(family, set())
+    reasons = {"bert": {"rotate_stream"}, "gpt2": {"rotate_values"}, "t5": {"rotate_stream"}}
+    assert declined == reasons.get(family, set())
     given = batch(family, seed=1)
     with torch.no_grad():
         found = snn.ranged(*[given[name] for name in snn.input_names])[0]

@@ -29,7 +29,7 @@ def source_files() -> dict[str, bytes]:
         for folder, _, names in os.walk(ROOT / top):  # does not follow fasfx's three symlinks
             inside = Path(folder).relative_to(ROOT).as_posix()
             for name in names:
-                if name.endswith((".py", ".txt", "py.typed")):
+                if name.endswith((".csv", ".py", ".txt", "py.typed")):
                     key = f"{inside}/{name}" if top == "fasfx" else f"fasfx/{inside}/{name}"
                     files[key] = (Path(folder) / name).read_bytes()
     return files

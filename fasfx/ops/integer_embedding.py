@@ -34,5 +34,6 @@ def onnx_integer_embedding(weight: INT8, scale: TReal, indices: INT64) -> TReal:
     rows: Any = weight
     scales: Any = scale
     factor = onnx.Gather(scales, indices)
-    out: TReal = onnx.Mul(onnx.CastLike(onnx.Gather(rows, indices), factor), factor)
+    values = onnx.Cast(onnx.Gather(rows, indices), to=scales.dtype)
+    out: TReal = onnx.Mul(values, factor)
     return out

@@ -78,9 +78,9 @@ def _multi(u: Any, sent: Any, number: Any, low: int, top: int, kind: Any) -> Any
     unsent = onnx.Add(onnx.Floor(unsent), onnx_number(0.5, kind))
     scaled = onnx.Mul(unsent, onnx_number(2.0 ** np.finfo(kind).nmant + 1, kind))
     spike = onnx.Sub(scaled, onnx.Sub(scaled, unsent))
-    # Rounded to a multiple of 2, which what is sent always is: takes +-1/2, silence, away. GPU providers lack Round.
+    # Rounded to a multiple of 2, which every spike is: takes +-1/2, silence, away. GPU providers lack Round.
     large = onnx_number(1.5 * 2.0 ** (np.finfo(kind).nmant + 1), kind)
-    return onnx.Sub(onnx.Add(onnx.Add(spike, sent), large), large)
+    return onnx.Add(onnx.Sub(onnx.Add(spike, large), large), sent)
 
 
 _FORMS = {"multi": _multi, "rate": _rate}

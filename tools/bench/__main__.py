@@ -18,6 +18,7 @@ from fasfx.tools.bench.tables import Table, as_json, markdown, missed
 BENCHES = {
     "fas": "stage I and II: accuracy, error, spikes and energy by T",
     "foundation": "fidelity, parity with ONNX Runtime, families, cost, conversion",
+    "kernels": "nodes of every form of export that have no CUDA kernel",
     "robust": "the deployed network on random shapes, called very often, and by several threads",
     "speed": "integer form in ONNX Runtime beside the original and ONNX Runtime's own int8: time, fidelity, size",
     "spiking": "neuron groups beside float functions: error, coverage, spikes, perplexity, cost",
