@@ -41,6 +41,10 @@ def retarget(gm: GraphModule, device: torch.device) -> None:
 
     torch.export.passes.move_to_device_pass does so for exported programs.
     """
+
+    def moved_shape(value: Tensor) -> Tensor:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
     with fake_mode(gm.graph):
         for node in gm.graph.nodes:
             if "device" in node.kwargs:
@@ -48,5 +52,5 @@ def retarget(gm: GraphModule, device: torch.device) -> None:
             if node.target is torch.ops.aten.to.device:
                 node.update_arg(1, device)
             if "val" in node.meta:
-                node.meta["val"] = _pytree.tree_map_only(Tensor, lambda value: value.to(device), node.meta["val"])
+                node.meta["val"] = _pytree.tree_map_only(Tensor, moved_shape, node.meta["val"])
     gm.recompile()
