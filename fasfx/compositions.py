@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Proxy
 
+from fasfx.applying import may_apply
 from fasfx.levels import is_skipped
 from fasfx.program import arguments, constants, fake
 from fasfx.rewrite import emit, proxies
@@ -28,6 +29,8 @@ def compose(gm: GraphModule) -> bool:
     changed = False
     for node in [n for n in gm.graph.nodes if n in values and n not in fixed and n.target in COMPOSITIONS]:
         if is_skipped(gm, node) or (node.target is aten.div.Tensor and node.args[1] not in values):
+            continue
+        if not may_apply("normalise", "compose", node):
             continue
         write_out = partial(COMPOSITIONS[node.target], **proxies(gm, arguments(node)))
         result = emit(gm, node, write_out)
