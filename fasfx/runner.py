@@ -106,9 +106,7 @@ def check_level(gm: GraphModule, pass_name: str) -> None:
     """Raise LevelError if the program is not what its level says."""
     level = LEVELS[facts(gm).level]
     found = violations(gm, level)
-    channel("levels").info(
-        "after %s: %s %s", pass_name, level.name, f"broken at {len(found)} nodes" if found else "holds"
-    )
+    channel("levels").info("after %s: %s, broken at %d nodes", pass_name, level.name, len(found))
     for check in level.checks:
         channel("levels").debug("    %s", check.__qualname__)
     if found:

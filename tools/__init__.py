@@ -1,4 +1,11 @@
-"""The package fasfx.tools."""
+"""The pass tools, as functions; `fasfx passes` has a command for each."""
 
 if __name__ != "fasfx.tools":
     raise ImportError("import fasfx.tools, not tools")
+
+from fasfx.tools.bisecting import Culprit, bisect
+from fasfx.tools.reducing import Reduced, reduce, replay
+from fasfx.tools.subject import Subject, subject
+from fasfx.tools.verifying import Broken, verify
+
+__all__ = ["Broken", "Culprit", "Reduced", "Subject", "bisect", "reduce", "replay", "subject", "verify"]

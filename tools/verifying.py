@@ -1,0 +1,95 @@
+"""Whether a pass kept its promise: on a batch, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fasfx.difference import Difference
+from fasfx.program import facts
+from fasfx.tools.tracing import Trace, trace
+
+ROUNDING = 1e-4  # relative L2 error that float32 rounding may cause along a network
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A promise that a program does not keep.
+
+    kind: "neuron" or "group": its error on its own input is above its bound. "value" of a site, or "output" of the
+          network: it changed although every neuron and group handed on what it was given.
+    node: site, group or node.
+    promised, measured: of a neuron as a share of its threshold, of a group in its bound's unit, else relative L2.
+    ratio: how many times what is promised, at the worst place.
+    """
+
+    kind: str
+    node: str
+    module: str
+    promised: float
+    measured: float
+    ratio: float
+
+    def __str__(self) -> str:
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.kind} {self.node}{where}: error {self.measured:.3g}, promised {self.promised:.3g}"
+
+
+def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Tensor]) -> list[Broken]:
+    """What a pass broke, neurons and groups first, then values, in the order of the graph; empty if nothing.
+
+    Programs are compared with all neurons and groups transparent: then every rewrite must be exact. Where int8 weights
+    are rounded no bound of values or outputs is claimed, and none is held against them.
+    """
+    old, expected = trace(before, inputs, transparent=True)
+    new, found = trace(after, inputs, transparent=True)
+    broken = [
+        Broken(one.kind, name, one.module, one.bound or 0.0, one.measured, one.excess)
+        for name, one in new.sent.items()
+        if one.excess > 1
+    ]
+    if _rounds_weights(after):
+        return broken
+    outputs = [
+        Broken("output", f"output {number}", "", ROUNDING, error, error / ROUNDING)
+        for number, (a, b) in enumerate(zip(expected, found, strict=True))
+        if (error := distance(a, b)) > ROUNDING
+    ]
+    return broken + _values(before, after, old, new, bool(outputs)) + outputs
+
+
+def distance(reference: Tensor, value: Tensor) -> float:
+    """Relative L2 error of a tensor; infinite if the shapes differ. Places where both are infinite or NaN agree."""
+    if reference.shape != value.shape:
+        return float("inf")
+    if not reference.is_floating_point():
+        return float(not reference.equal(value))
+    same = (reference == value) | (reference.isnan() & value.isnan())
+    difference = Difference()
+    difference.add(reference.masked_fill(same & ~reference.isfinite(), 0), value.masked_fill(same & ~value.isfinite(), 0))
+    return difference.relative_l2
+
+
+def _values(before: GraphModule, after: GraphModule, old: Trace, new: Trace, all_nodes: bool) -> list[Broken]:
+    """Values that differ: of sites that the pass did not change; of nodes before there are sites if an output differs."""
+    sites = facts(before).sites
+    modules = {name: site.module for name, site in facts(after).sites.items()}
+    kept = {name for name, site in facts(after).sites.items() if sites.get(name) is site}
+    if not sites and all_nodes:
+        kept = set(old.values)
+    pairs = ((old.values, new.values), (old.shares, new.shares))
+    shared = {name: (a[name], b[name]) for a, b in pairs for name in b if name in kept and name in a}
+    return [
+        Broken("value", name, modules.get(name, ""), ROUNDING, error, error / ROUNDING)
+        for name, (a, b) in shared.items()
+        if (error := distance(a, b)) > ROUNDING
+    ]
+
+
+def _rounds_weights(program: GraphModule) -> bool:
+    return any(entry.rule == "int8_weights" for entry in facts(program).ledger.entries)
+
+
