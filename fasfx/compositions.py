@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Proxy
 
 from fasfx.applying import may_apply
 from fasfx.levels import is_skipped
-from fasfx.program import arguments, constants, fake
+from fasfx.program import arguments, constants, decline, fake
 from fasfx.rewrite import emit, proxies
 from fasfx.synapses import carried_values
 
@@ -34,7 +34,9 @@ def compose(gm: GraphModule) -> bool:
             continue
         write_out = partial(COMPOSITIONS[node.target], **proxies(gm, arguments(node)))
         result = emit(gm, node, write_out)
-        if result is not None:
+        if result is None:
+            decline(gm, "normalise", "compose", node.name, f"{node.target} is not written out with these arguments")
+        else:
             node.replace_all_uses_with(result.node)
             gm.graph.erase_node(node)
             changed = True

@@ -4,8 +4,25 @@ if __name__ != "fasfx.tools":
     raise ImportError("import fasfx.tools, not tools")
 
 from fasfx.tools.bisecting import Culprit, bisect
+from fasfx.tools.diffing import diff
+from fasfx.tools.explaining import Explanation, explain
 from fasfx.tools.reducing import Reduced, reduce, replay
+from fasfx.tools.running import run
 from fasfx.tools.subject import Subject, subject
 from fasfx.tools.verifying import Broken, verify
 
-__all__ = ["Broken", "Culprit", "Reduced", "Subject", "bisect", "reduce", "replay", "subject", "verify"]
+__all__ = [
+    "Broken",
+    "Culprit",
+    "Explanation",
+    "Reduced",
+    "Subject",
+    "bisect",
+    "diff",
+    "explain",
+    "reduce",
+    "replay",
+    "run",
+    "subject",
+    "verify",
+]

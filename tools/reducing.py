@@ -95,7 +95,9 @@ def reduce(subject: Subject) -> Reduced | None:
     suspects = {culprit.node.node} | ({culprit.application.node} if culprit.application else set())
     start = next((nodes for nodes in whole.around(suspects) if fails(nodes)), None)
     if start is None:
-        raise FasfxError(f"pass {culprit.pass_name} breaks no promise on its program with sizes of one batch: {culprit}")
+        raise FasfxError(
+            f"pass {culprit.pass_name} breaks no promise on its program with sizes of one batch: {culprit}"
+        )
     return Reduced(culprit, *whole.part(_shrunk(start, fails)))
 
 

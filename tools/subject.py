@@ -18,12 +18,13 @@ from fasfx.calibration import first_and_all, sentences, text_batches, tokenizer_
 from fasfx.capture import capture
 from fasfx.checkpoint import GRAPH, SETTINGS, read, write
 from fasfx.config import SpikeConfig
-from fasfx.errors import CalibrationError, CheckpointError
+from fasfx.errors import CalibrationError, CheckpointError, ConfigError
 from fasfx.folders import CONFIG, load_model
 from fasfx.inputs import bind, input_names
 from fasfx.program import copy_program, facts
 from fasfx.runner import PassHook, Runner, tidy
 from fasfx.runtime.ticks import StepGraph
+from fasfx.text_files import read_texts
 from fasfx.tools import pipeline
 from fasfx.writing import written_beside
 
@@ -73,8 +74,18 @@ class Subject:
             before = after
 
     def final(self, before: PassHook | None = None, after: PassHook | None = None) -> GraphModule:
-        """The program after all passes."""
+        """The program after all passes; the hooks are the runner's."""
         return Runner(self.passes(), before, after).run(self.program)
+
+    def until(self, level: str) -> Subject:
+        """The same with the passes up to the last one after which the program is at a level.
+
+        Raises ConfigError for a level that no pass gives.
+        """
+        reached = [facts(self.program).level, *(getattr(one, "gives", "") for one in self.passes())]
+        if level not in reached:
+            raise ConfigError(f"no pass gives {level!r}: the levels on the way are {', '.join(dict.fromkeys(reached))}")
+        return Subject(self.program, self.batches, self.names[: len(reached) - 1 - reached[::-1].index(level)])
 
 
 def subject(
@@ -111,6 +122,18 @@ def subject(
     return Subject(program, held, pipeline.default(facts(program).level) if names is None else names)
 
 
+def texts_for(source: str, file: Path) -> list[Batch]:
+    """A file of texts as batches for a model's or a program's folder. Raises DataError, CalibrationError."""
+    texts, tokenizer = read_texts(file), tokenizer_beside(source)
+    if tokenizer is None:
+        raise CalibrationError(
+            f"{source} has no tokenizer beside it, so {file} cannot be read: save the tokenizer there"
+        )
+    folder = _program_folder(Path(source))
+    model = load_model(source)[0] if folder is None else _like(read(folder), folder)
+    return text_batches(model, tokenizer, texts)
+
+
 def _program_folder(source: Path) -> Path | None:
     """The folder of a stored program, given itself or its graph text."""
     folder = source.parent if source.is_file() else source
@@ -126,7 +149,6 @@ def _program_folder(source: Path) -> Path | None:
 def _stored(program: GraphModule, folder: Path) -> list[Batch]:
     """The batches beside a stored program."""
     from safetensors.torch import load_file
-    from transformers import AutoConfig
 
     if (folder / INPUTS).is_file():
         tensors = load_file(folder / INPUTS)
@@ -135,8 +157,14 @@ def _stored(program: GraphModule, folder: Path) -> list[Batch]:
     tokenizer = tokenizer_beside(str(folder))
     if tokenizer is None or not (folder / CONFIG).is_file():
         raise CalibrationError(f"{folder} has neither {INPUTS} nor a tokenizer: give texts or batches to run it on")
-    like: Any = SimpleNamespace(input_names=input_names(program), config=AutoConfig.from_pretrained(folder))
-    return text_batches(like, tokenizer, sentences())
+    return text_batches(_like(program, folder), tokenizer, sentences())
+
+
+def _like(program: GraphModule, folder: Path) -> Any:
+    """What stands for the model when batches are made for its program."""
+    from transformers import AutoConfig
+
+    return SimpleNamespace(input_names=input_names(program), config=AutoConfig.from_pretrained(folder))
 
 
 def store(program: GraphModule, batches: Sequence[Batch], folder: Path) -> None:

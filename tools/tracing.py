@@ -90,7 +90,9 @@ class Trace(Interpreter):
             if ops.tick.ticking(given["code"]).averages:
                 arrived, handed = real / given["number"], x * given["number"]
         elif n.target is ops.byte_count.op:  # integers are what its readers take
-            arrived = real.to(x.dtype) - ops.byte_count.zero_of(*(given[k] for k in ("code", "steps", "levels", "signed")))
+            arrived = real.to(x.dtype) - ops.byte_count.zero_of(
+                *(given[k] for k in ("code", "steps", "levels", "signed"))
+            )
             handed = real
         self._note(n, site, given, x, arrived)
         return handed if self._transparent else real

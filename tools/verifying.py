@@ -69,7 +69,9 @@ def distance(reference: Tensor, value: Tensor) -> float:
         return float(not reference.equal(value))
     same = (reference == value) | (reference.isnan() & value.isnan())
     difference = Difference()
-    difference.add(reference.masked_fill(same & ~reference.isfinite(), 0), value.masked_fill(same & ~value.isfinite(), 0))
+    difference.add(
+        reference.masked_fill(same & ~reference.isfinite(), 0), value.masked_fill(same & ~value.isfinite(), 0)
+    )
     return difference.relative_l2
 
 
@@ -91,5 +93,3 @@ def _values(before: GraphModule, after: GraphModule, old: Trace, new: Trace, all
 
 def _rounds_weights(program: GraphModule) -> bool:
     return any(entry.rule == "int8_weights" for entry in facts(program).ledger.entries)
-
-
