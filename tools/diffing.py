@@ -75,11 +75,8 @@ def _only(one: _Side, other: _Side) -> list[str]:
 
 def _row(name: str, left: _Side, right: _Side) -> dict[str, Any]:
     known = right.sent.get(name) or left.sent.get(name)
-    row: dict[str, Any] = {
-        "node": name,
-        "kind": known.kind if known else "value",
-        "module": known.module if known else "",
-    }
+    kind, module = (known.kind, known.module) if known else ("value", "")
+    row: dict[str, Any] = {"node": name, "kind": kind, "module": module}
     for side, found in (("a", left.sent.get(name)), ("b", right.sent.get(name))):
         if found is not None:
             row |= {f"bound_{side}": found.bound, f"measured_{side}": found.measured, f"rate_{side}": found.rate}

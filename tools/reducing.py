@@ -1,7 +1,7 @@
 """The smallest part of a program on which a pass still breaks its promise, written as a test.
 
-Own delta debugging: torch's fx_minifier knows neither a program's facts nor which nodes are suspected, and would run the
-pass on the whole network some dozens of times. The search begins with the suspects' neighbours.
+Own delta debugging: torch's fx_minifier knows neither a program's facts nor which nodes are suspected, and would run
+the pass on the whole network some dozens of times. The search begins with the suspects' neighbours.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ def reduce(subject: Subject) -> Reduced | None:
     suspects = {culprit.node.node} | ({culprit.application.node} if culprit.application else set())
     start = next((nodes for nodes in whole.around(suspects) if fails(nodes)), None)
     if start is None:
-        raise FasfxError(
-            f"pass {culprit.pass_name} breaks no promise on its program with sizes of one batch: {culprit}"
-        )
+        raise FasfxError(f"pass {culprit.pass_name} breaks no promise on its program cut out of its model: {culprit}")
     return Reduced(culprit, *whole.part(_shrunk(start, fails)))
 
 

@@ -49,8 +49,8 @@ def run(
         if {ALL, name} & set(print_after):
             show(f"after {name}\n{text(program)}")
         if print_diff:
-            lines = (text(one).splitlines() for one in (before, program))
-            show("\n".join(difflib.unified_diff(*lines, f"before {name}", f"after {name}", lineterm="", n=0)))
+            old, new = (text(one).splitlines() for one in (before, program))
+            show("\n".join(difflib.unified_diff(old, new, f"before {name}", f"after {name}", lineterm="", n=0)))
         if dump is not None:
             store(program, subject.batches, dump / f"{len(seen) - 1}-{name}")
         if verify_each and (broken := verify(before, program, subject.inputs)):

@@ -97,27 +97,30 @@ def subject(
     """A model, or a program that `fasfx passes run --dump` wrote, with its passes.
 
     source:  a model, its folder or hub id; or a folder with a program, or the graph text in it.
-    passes:  a pipeline such as "normalise,observe{granularity=token}"; None: fasfx's passes from the program's level on.
+    passes:  a pipeline such as "normalise,observe{granularity=token}"; None: fasfx's from the program's level on.
     batches: as fasfx.convert's calibration. None: for a model what fasfx.convert takes then, for a program the inputs
              stored beside it, or shipped sentences where a tokenizer is beside it.
     config:  of the run; fields in braces change it. None: the program's own, or SpikeConfig().
     Raises CheckpointError, CalibrationError, CaptureError, ConfigError.
     """
     names, options = pipeline.parse(passes) if passes else (None, {})
-    if isinstance(source, str | Path) and (folder := _program_folder(Path(source))):
-        source = read(folder)
-        batches = _stored(source, folder) if batches is None else batches
-    elif isinstance(source, str | Path):
-        source, _ = load_model(str(source))
-    if isinstance(source, GraphModule):
-        program = copy_program(source)
+    found: nn.Module
+    if not isinstance(source, str | Path):
+        found = source
+    elif folder := _program_folder(Path(source)):
+        found = program = read(folder)
+        batches = _stored(program, folder) if batches is None else batches
+    else:
+        found, _ = load_model(str(source))
+    if isinstance(found, GraphModule):
+        program = copy_program(found)
         facts(program).config = (config or facts(program).config).replace(**options)
         held = [bind(program, (), dict(batch)) for batch in batches or ()]
         if not held:
             raise CalibrationError("a program needs batches of its inputs: pass batches=[...]")
     else:
-        first, checked, _ = first_and_all(source, batches)
-        program = capture(source, first, (config or SpikeConfig()).replace(**options))
+        first, checked, _ = first_and_all(found, batches)
+        program = capture(found, first, (config or SpikeConfig()).replace(**options))
         held = [bind(program, (), batch) for batch in checked]
     return Subject(program, held, pipeline.default(facts(program).level) if names is None else names)
 
@@ -126,9 +129,7 @@ def texts_for(source: str, file: Path) -> list[Batch]:
     """A file of texts as batches for a model's or a program's folder. Raises DataError, CalibrationError."""
     texts, tokenizer = read_texts(file), tokenizer_beside(source)
     if tokenizer is None:
-        raise CalibrationError(
-            f"{source} has no tokenizer beside it, so {file} cannot be read: save the tokenizer there"
-        )
+        raise CalibrationError(f"{source} has no tokenizer beside it to read {file} with: save the tokenizer there")
     folder = _program_folder(Path(source))
     model = load_model(source)[0] if folder is None else _like(read(folder), folder)
     return text_batches(model, tokenizer, texts)

@@ -84,15 +84,15 @@ class Trace(Interpreter):
             given["sent"] = self._sent_so_far.get(arg(n, 1), given["sent"])
         real = n.target(**given)  # type: ignore[operator]
         site = self._facts.sites[str(n.meta["site"])]
-        x, arrived, handed = given.get("x", given.get("u")), real, given.get("x", given.get("u"))
+        x: Tensor = given["x" if "x" in given else "u"]
+        arrived, handed = real, x
         if n.target is ops.tick.op:
             self._sent_so_far[n] = real
             if ops.tick.ticking(given["code"]).averages:
                 arrived, handed = real / given["number"], x * given["number"]
         elif n.target is ops.byte_count.op:  # integers are what its readers take
-            arrived = real.to(x.dtype) - ops.byte_count.zero_of(
-                *(given[k] for k in ("code", "steps", "levels", "signed"))
-            )
+            zero = ops.byte_count.zero_of(*(given[k] for k in ("code", "steps", "levels", "signed")))
+            arrived = real.to(x.dtype) - zero
             handed = real
         self._note(n, site, given, x, arrived)
         return handed if self._transparent else real

@@ -69,14 +69,13 @@ def distance(reference: Tensor, value: Tensor) -> float:
         return float(not reference.equal(value))
     same = (reference == value) | (reference.isnan() & value.isnan())
     difference = Difference()
-    difference.add(
-        reference.masked_fill(same & ~reference.isfinite(), 0), value.masked_fill(same & ~value.isfinite(), 0)
-    )
+    alike = same & ~reference.isfinite()
+    difference.add(reference.masked_fill(alike, 0), value.masked_fill(alike, 0))
     return difference.relative_l2
 
 
 def _values(before: GraphModule, after: GraphModule, old: Trace, new: Trace, all_nodes: bool) -> list[Broken]:
-    """Values that differ: of sites that the pass did not change; of nodes before there are sites if an output differs."""
+    """Values that differ: of sites that the pass left alone; before there are sites, of nodes if an output differs."""
     sites = facts(before).sites
     modules = {name: site.module for name, site in facts(after).sites.items()}
     kept = {name for name, site in facts(after).sites.items() if sites.get(name) is site}
