@@ -93,6 +93,7 @@ def diff(
         if levels:
             sides = [one.until(level.strip()) for one, level in zip(sides, levels.split(","), strict=False)]
         found = tools.diff(*sides)
+    found = found.drop(columns="module").dropna(axis=1, how="all")
     table("", found.columns, ([_cell(value) for value in row] for row in found.itertuples(index=False)))
 
 

@@ -32,10 +32,9 @@ def configure(settings: str) -> None:
     for word in filter(None, settings.replace(" ", "").split(",")):
         level, name = _MARKS.get(word[0], logging.INFO), word.lstrip("+-")
         if name not in CHANNELS and name != "all":
-            known = "\n".join(f"  {known}: {meaning}" for known, meaning in CHANNELS.items())
             raise ConfigError(
-                f"{VARIABLE}={settings!r}: there is no log {name!r}; a name shows it, +name shows more, -name errors "
-                f"only, and all stands for\n{known}"
+                f"{VARIABLE}={settings!r}: there is no log {name!r}: choose among {', '.join(CHANNELS)} and all; "
+                "+name shows more, -name only errors"
             )
         levels |= dict.fromkeys(CHANNELS, level) if name == "all" else {name: level}
     root = logging.getLogger("fasfx")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -12,6 +12,8 @@ from fasfx.errors import InputError
 from fasfx.graph_text import target_name
 from fasfx.program import facts, module_path, source_line
 from fasfx.tools.subject import Stage, Subject
+
+DECIDED = ("SPIKING", "FOLDED", "LOWERED")  # levels at which it is known what spikes drive
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def explain(subject: Subject, where: str) -> list[Explanation]:
     final = stages[-1].after if stages else subject.program
     programs = [stage.before for stage in stages] + [final]
     rows = {row.node: row for row in coverage(final).rows}
+    if (level := facts(final).level) not in DECIDED:
+        rows = {name: replace(row, reason=f"the passes end at {level}") for name, row in rows.items()}
     tried = _tried(stages)
     last: dict[str, tuple[int, Node]] = {}
     for number, program in enumerate(programs):
