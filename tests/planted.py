@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,19 @@ from fasfx import ops
 from fasfx.config import SpikeConfig
 from fasfx.passes import clip, fold
 
+LAYER = "layer.1.intermediate.intermediate_act_fn"
+
 
 @dataclass(frozen=True)
 class Fault:
-    """config: under which it shows.   pass_name, rule: where it is.   site: the node that it breaks, by its module."""
+    """config: under which it shows.   pass_name, rule: where it is.   kind, module: of the node that breaks first."""
 
     config: SpikeConfig
     pass_name: str
     rule: str
-    plant: Any
+    kind: str
+    module: str
+    plant: Callable[[pytest.MonkeyPatch], None]
 
 
 def wrong_scale(patch: pytest.MonkeyPatch) -> None:
@@ -58,9 +63,11 @@ def low_threshold(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(clip, "thresholds", low)
 
 
-LAYER = "layer.1.intermediate.intermediate_act_fn"
+RADIX = SpikeConfig(code="radix", timesteps=6)
 FAULTS = {
-    "scale": Fault(SpikeConfig(), "fold", "scale_to_reader", wrong_scale),
-    "step": Fault(SpikeConfig(code="radix", timesteps=6), "substitute", "qcfs_to_fire", swapped_step),
-    "threshold": Fault(SpikeConfig(margin=1.0), "clip", "multi_neuron", low_threshold),
+    "scale": Fault(SpikeConfig(), "fold", "scale_to_reader", "value", "layer.0.attention", wrong_scale),
+    "step": Fault(
+        SpikeConfig(code="radix", timesteps=6), "substitute", "qcfs_to_fire", "neuron", "embeddings", swapped_step
+    ),
+    "threshold": Fault(SpikeConfig(margin=1.0), "clip", "multi_neuron", "neuron", LAYER, low_threshold),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch.fx import GraphModule
 
@@ -11,7 +12,7 @@ from fasfx.applying import Application
 from fasfx.difference import Difference, main_output, output_mask
 from fasfx.errors import ConfigError
 from fasfx.tools.subject import Stage, Subject, apply_partly, output
-from fasfx.tools.verifying import Broken, verify
+from fasfx.tools.verifying import Broken, against
 
 # metric: (the tolerance where none is given, what it says)
 METRICS: dict[str, tuple[float, str]] = {
@@ -61,41 +62,46 @@ def bisect(subject: Subject, metric: str = "promise", tolerance: float | None = 
     if metric not in METRICS:
         raise ConfigError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     limit = METRICS[metric][0] if tolerance is None else tolerance
-    measure = _measure(subject, metric)
+    of_output = None if metric == "promise" else _of_output(subject, metric)
     for stage in subject.stages():
-        if (measured := measure(stage.before, stage.after)) > limit:
-            return _first_application(subject, stage, measure, limit, measured)
+        broken_by = against(stage.before, subject.inputs)
+        measure = of_output or partial(_of_promises, broken_by)
+        if (measured := measure(stage.after)) > limit:
+            return _first_application(stage, measure, broken_by, limit, measured)
     return None
 
 
-Measure = Callable[[GraphModule, GraphModule], float]
+Measure = Callable[[GraphModule], float]
+Breaks = Callable[[GraphModule], list[Broken]]
 
 
-def _first_application(subject: Subject, stage: Stage, measure: Measure, limit: float, measured: float) -> Culprit:
+def _first_application(stage: Stage, measure: Measure, broken_by: Breaks, limit: float, measured: float) -> Culprit:
     """Invariant: after `good` applications the metric is within the limit, after `bad` it is not."""
     good, bad, after = 0, len(stage.applied), stage.after
     while bad - good > 1:
         middle = (good + bad) // 2
         partly = apply_partly(stage.one, stage.before, middle)
-        if (found := measure(stage.before, partly)) > limit:
+        if (found := measure(partly)) > limit:
             bad, after, measured = middle, partly, found
         else:
             good = middle
-    broken = verify(stage.before, after, subject.inputs)
+    broken = broken_by(after)
     last = stage.applied[bad - 1] if bad else None
     first = broken[0] if broken else None
     return Culprit(stage.name, last, bad, len(stage.applied), measured, first, stage.before)
 
 
-def _measure(subject: Subject, metric: str) -> Measure:
-    """(the program before a pass, the one after it, perhaps in part) -> the metric."""
-    if metric == "promise":
-        return lambda before, after: max((b.ratio for b in verify(before, after, subject.inputs)), default=0.0)
+def _of_promises(broken_by: Breaks, after: GraphModule) -> float:
+    return max((broken.ratio for broken in broken_by(after)), default=0.0)
+
+
+def _of_output(subject: Subject, metric: str) -> Measure:
+    """A program, perhaps after a part of a pass -> the metric of its output."""
     names = subject.batches[0]
     mask = output_mask(dict(zip(names, subject.inputs, strict=True)))
     expected = main_output(output(subject.program, subject.inputs))
 
-    def measure(_: GraphModule, after: GraphModule) -> float:
+    def measure(after: GraphModule) -> float:
         difference = Difference()
         difference.add(expected, main_output(output(after, subject.inputs)), mask)
         found = {"relative_l2": difference.relative_l2, "max": difference.largest, "cosine": 1 - difference.cosine}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,28 +39,37 @@ class Broken:
 
 
 def verify(before: GraphModule, after: GraphModule, inputs: Sequence[Tensor]) -> list[Broken]:
-    """What a pass broke, neurons and groups first, then values, in the order of the graph; empty if nothing.
+    """What a pass broke, see `against`."""
+    return against(before, inputs)(after)
+
+
+def against(before: GraphModule, inputs: Sequence[Tensor]) -> Callable[[GraphModule], list[Broken]]:
+    """The program after a pass -> what the pass broke, neurons and groups first, then values, in the graph's order.
 
     Programs are compared with all neurons and groups transparent: then every rewrite must be exact. Where the ledger
     has a new line for another node (rounded weights, a user's approximation), no bound of values and outputs is
     claimed, and none is held against the pass.
     """
     old, expected = trace(before, inputs, transparent=True)
-    new, found = trace(after, inputs, transparent=True)
-    broken = [
-        Broken(one.kind, name, one.module, one.bound or 0.0, one.measured, one.excess)
-        for name, one in new.sent.items()
-        if one.excess > 1
-    ]
-    new_lines = facts(after).ledger.entries[len(facts(before).ledger.entries) :]
-    if any(entry.node not in new.sent for entry in new_lines):
-        return broken
-    outputs = [
-        Broken("output", f"output {number}", "", ROUNDING, error, error / ROUNDING)
-        for number, (a, b) in enumerate(zip(expected, found, strict=True))
-        if (error := distance(a, b)) > ROUNDING
-    ]
-    return broken + _values(before, after, old, new, bool(outputs)) + outputs
+
+    def broken_by(after: GraphModule) -> list[Broken]:
+        new, found = trace(after, inputs, transparent=True)
+        broken = [
+            Broken(one.kind, name, one.module, one.bound or 0.0, one.measured, one.excess)
+            for name, one in new.sent.items()
+            if one.excess > 1
+        ]
+        new_lines = facts(after).ledger.entries[len(facts(before).ledger.entries) :]
+        if any(entry.node not in new.sent for entry in new_lines):
+            return broken
+        outputs = [
+            Broken("output", f"output {number}", "", ROUNDING, error, error / ROUNDING)
+            for number, (a, b) in enumerate(zip(expected, found, strict=True))
+            if (error := distance(a, b)) > ROUNDING
+        ]
+        return broken + _values(before, after, old, new, bool(outputs)) + outputs
+
+    return broken_by
 
 
 def distance(reference: Tensor, value: Tensor) -> float:
