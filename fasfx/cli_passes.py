@@ -85,11 +85,18 @@ def run(
 def diff(
     model: Source, other: Other = None, p: Pipeline = None, to: To = None, levels: Levels = None, data: Data = None
 ) -> None:
-    """Two programs node by node: declared bound, measured error, firing rate, and how far they are apart."""
+    """Two programs node by node: declared bound, measured error, firing rate, and how far they are apart.
+
+    Stored programs are compared as they are, unless -p or --levels says which passes are to run on them.
+    """
     with quiet():
         from fasfx import tools
+        from fasfx.tools.subject import program_folder
 
         sides = [_subject(model, p, data), _subject(other or model, to or p, data)]
+        if not (p or to or levels):
+            for one, source in zip(sides, (model, other or model), strict=True):
+                one.names = [] if program_folder(Path(source)) else one.names
         if levels:
             sides = [one.until(level.strip()) for one, level in zip(sides, levels.split(","), strict=False)]
         found = tools.diff(*sides)

@@ -66,8 +66,6 @@ def low_threshold(patch: pytest.MonkeyPatch) -> None:
 RADIX = SpikeConfig(code="radix", timesteps=6)
 FAULTS = {
     "scale": Fault(SpikeConfig(), "fold", "scale_to_reader", "value", "layer.0.attention", wrong_scale),
-    "step": Fault(
-        SpikeConfig(code="radix", timesteps=6), "substitute", "qcfs_to_fire", "neuron", "embeddings", swapped_step
-    ),
+    "step": Fault(RADIX, "substitute", "qcfs_to_fire", "neuron", "embeddings", swapped_step),
     "threshold": Fault(SpikeConfig(margin=1.0), "clip", "multi_neuron", "neuron", LAYER, low_threshold),
 }

@@ -41,8 +41,8 @@ class Explanation:
         return f"{self.node} ({self.operator}): {self.outcome}{where}{tried}{near}"
 
 
-def explain(subject: Subject, where: str) -> list[Explanation]:
-    """The operator of that name, at whatever level it is there, or every operator in a module and below it.
+def explain(subject: Subject, *where: str) -> list[Explanation]:
+    """Operators by name, at whatever level they are there, or every operator in a module and below it.
 
     Of a module: those that are not free (fasfx.coverage), and those that a rule was tried on.
     Raises InputError if there is neither such a node nor such a module.
@@ -57,16 +57,18 @@ def explain(subject: Subject, where: str) -> list[Explanation]:
     last: dict[str, tuple[int, Node]] = {}
     for number, program in enumerate(programs):
         last |= {n.name: (number, n) for n in program.graph.nodes if n.op == "call_function"}
-    if where in last:
-        names = [where]
-    else:
-        inside = [name for name, (_, node) in last.items() if _is_in(module_path(node), where)]
-        if not inside:
-            raise InputError(
-                f"there is no node and no module {where!r}: `fasfx passes run --print-after all` shows them"
-            )
-        names = [name for name in inside if name in rows or name in tried]
+    names = dict.fromkeys(name for place in where for name in _named(place, last, set(rows) | set(tried)))
     return [_explanation(name, *last[name], stages, rows.get(name), tried.get(name, [])) for name in names]
+
+
+def _named(where: str, last: dict[str, tuple[int, Node]], told: set[str]) -> list[str]:
+    """The node of that name, or those in the module that something can be told about."""
+    if where in last:
+        return [where]
+    inside = [name for name, (_, node) in last.items() if _is_in(module_path(node), where)]
+    if not inside:
+        raise InputError(f"no node and no module is named {where!r}: `fasfx passes run --print-after all` shows them")
+    return [name for name in inside if name in told]
 
 
 def _explanation(name: str, number: int, node: Node, stages: list[Stage], row: Any, tried: list[str]) -> Explanation:

@@ -107,7 +107,7 @@ def subject(
     found: nn.Module
     if not isinstance(source, str | Path):
         found = source
-    elif folder := _program_folder(Path(source)):
+    elif folder := program_folder(Path(source)):
         found = program = read(folder)
         batches = _stored(program, folder) if batches is None else batches
     else:
@@ -130,12 +130,12 @@ def texts_for(source: str, file: Path) -> list[Batch]:
     texts, tokenizer = read_texts(file), tokenizer_beside(source)
     if tokenizer is None:
         raise CalibrationError(f"{source} has no tokenizer beside it to read {file} with: save the tokenizer there")
-    folder = _program_folder(Path(source))
+    folder = program_folder(Path(source))
     model = load_model(source)[0] if folder is None else _like(read(folder), folder)
     return text_batches(model, tokenizer, texts)
 
 
-def _program_folder(source: Path) -> Path | None:
+def program_folder(source: Path) -> Path | None:
     """The folder of a stored program, given itself or its graph text."""
     folder = source.parent if source.is_file() else source
     if (folder / SETTINGS).is_file() and (folder / GRAPH).is_file():
