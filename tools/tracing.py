@@ -18,7 +18,7 @@ from fasfx.program import Site, arg, arguments, facts, module_path
 from fasfx.runtime.ticks import StepGraph
 
 ROUNDINGS = 4  # of a value, which its neuron is not blamed for
-SAMPLES = 2**11  # inputs of a group that are simulated where only its error is asked for: each takes K neurons
+SAMPLES = 2**12  # values that are simulated step by step where only the error is asked for: a group's takes K neurons
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Trace(Interpreter):
 
     def _group(self, n: Node, given: dict[str, Any]) -> Tensor:
         name, figures, x = str(n.meta["group"]), GroupFigures(given["function"]), given["x"]
-        step = max(1, x.numel() // SAMPLES) if self._transparent else 1
-        real = figures.add(n.target, given | {"x": x.flatten()[::step]} if self._transparent else given)
+        real = figures.add(n.target, given | _sampled({"x": x}) if self._transparent else given)
         exact = FUNCTIONS[given["function"]].exact(x)
         bound = self._bounds.get(name)
         excess = figures.measured / bound if bound else 0.0
@@ -82,40 +81,52 @@ class Trace(Interpreter):
         return exact * given["scale"] if self._transparent else real
 
     def _neuron(self, n: Node, given: dict[str, Any]) -> Tensor:
+        handed: Tensor = given["x" if "x" in given else "u"]
+        theta = self._threshold(n, given)
+        self.shares[str(n.meta["site"])] = handed / theta
         if n.target is ops.tick.op:
             given["sent"] = self._sent_so_far.get(arg(n, 1), given["sent"])
-        real = n.target(**given)  # type: ignore[operator]
-        site = self._facts.sites[str(n.meta["site"])]
-        x: Tensor = given["x" if "x" in given else "u"]
-        arrived, handed = real, x
+        elif n.target is ops.fire.op and self._transparent:
+            given |= _sampled({k: given[k] for k in ("x", "theta", "initial") if given[k] is not None})
+            theta = given["theta"]
+        real = arrived = n.target(**given)  # type: ignore[operator]
         if n.target is ops.tick.op:
             self._sent_so_far[n] = real
             if ops.tick.ticking(given["code"]).averages:
-                arrived, handed = real / given["number"], x * given["number"]
+                arrived, handed = real / given["number"], handed * given["number"]
         elif n.target is ops.byte_count.op:  # integers are what its readers take
             zero = ops.byte_count.zero_of(*(given[k] for k in ("code", "steps", "levels", "signed")))
-            arrived = real.to(x.dtype) - zero
-            handed = real
-        self._note(n, site, given, x, arrived)
+            arrived, handed = real.to(handed.dtype) - zero, real
+        self._note(n, given, theta, arrived)
         return handed if self._transparent else real
 
-    def _note(self, n: Node, site: Site, given: dict[str, Any], x: Tensor, arrived: Tensor) -> None:
-        config, code = self._facts.config, ops.CODES[given["code"]]
-        steps, levels, signed = config.neuron(site.population)[1], given["levels"], given["signed"]
-        theta = given.get("theta")
-        if theta is None:
-            theta = float(config.unit(steps) if n.target is ops.tick.op else code.capacity(steps, levels))
+    def _threshold(self, n: Node, given: dict[str, Any]) -> Any:
+        """In the unit of the neuron's input."""
+        if "theta" in given:
+            return given["theta"]
+        if n.target is ops.tick.op:
+            return float(self._facts.config.unit(self._steps(n)))
+        return float(ops.CODES[given["code"]].capacity(given["steps"], given["levels"]))
+
+    def _steps(self, n: Node) -> int:
+        return self._facts.config.neuron(self._facts.sites[str(n.meta["site"])].population)[1]
+
+    def _note(self, n: Node, given: dict[str, Any], theta: Any, arrived: Tensor) -> None:
+        """What the neuron did on the values that it was given."""
+        site, code, steps = self._facts.sites[str(n.meta["site"])], ops.CODES[given["code"]], self._steps(n)
+        x, levels, signed = given["x" if "x" in given else "u"], given["levels"], given["signed"]
         bound, share, error = code.error_bound(1.0, steps, levels), x / theta, (arrived - x).abs() / theta
+        rate = None
+        if not self._transparent:
+            events = code.spikes(share * code.capacity(steps, levels), steps, levels, signed)
+            rate = float((events != 0).double().mean())
+            self.shares[site.name] = arrived / theta
         if n.target is ops.qcfs.op and (seen := self._seen(site)) is not None:  # also at the end of what was seen
-            share = torch.cat([share.flatten(), torch.as_tensor(seen / theta).clamp(max=1).flatten()])
+            share = torch.cat([share.flatten(), (seen / theta).clamp(max=1).flatten()])
             error = torch.cat([error.flatten(), ((n.target(**given | {"x": seen}) - seen).abs() / theta).flatten()])
         inside = (share.abs() <= 1) & ((share >= 0) | bool(signed)) & (site.initial is None)
         over = (error - ROUNDINGS * torch.finfo(x.dtype).eps * share.abs()) / bound
-        self.shares[site.name] = x / theta if self._transparent else arrived / theta
-        excess, rate = float(torch.where(inside, over, 0.0).max()), None
-        if not self._transparent:
-            events = code.spikes(x / theta * code.capacity(steps, levels), steps, levels, signed)
-            rate = float((events != 0).double().mean())
+        excess = float(torch.where(inside, over, 0.0).max())
         self.sent[site.name] = Sent("neuron", site.module, bound, float(error.max()), excess, rate)
 
     def _seen(self, site: Site) -> Tensor | None:
@@ -124,6 +135,16 @@ class Trace(Interpreter):
         if site.dynamic or seen is None or any(t is not None for t in (site.fixed, site.theta, site.tuned)):
             return None
         return seen * min(1.0, self._facts.config.resolved_margin)
+
+
+def _sampled(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Some of the values at random, and what belongs to them; all of them if they are few."""
+    wide = dict(zip(given, torch.broadcast_tensors(*given.values()), strict=True))
+    size = wide["x"].numel()
+    if size <= SAMPLES:
+        return given
+    chosen = torch.randint(size, (SAMPLES,), generator=torch.Generator().manual_seed(0))
+    return {name: value.flatten()[chosen] for name, value in wide.items()}
 
 
 @torch.no_grad()

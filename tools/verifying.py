@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from fasfx.difference import Difference
-from fasfx.program import facts
+from fasfx.program import facts, module_path
 from fasfx.tools.tracing import Trace, trace
 
 ROUNDING = 1e-4  # relative L2 error that float32 rounding may cause along a network
@@ -88,7 +88,8 @@ def distance(reference: Tensor, value: Tensor) -> float:
 def _values(before: GraphModule, after: GraphModule, old: Trace, new: Trace, all_nodes: bool) -> list[Broken]:
     """Values that differ: of sites that the pass left alone; before there are sites, of nodes if an output differs."""
     sites = facts(before).sites
-    modules = {name: site.module for name, site in facts(after).sites.items()}
+    modules = {node.name: module_path(node) for node in after.graph.nodes}
+    modules |= {name: site.module for name, site in facts(after).sites.items()}
     kept = {name for name, site in facts(after).sites.items() if sites.get(name) is site}
     if not sites and all_nodes:
         kept = set(old.values)
