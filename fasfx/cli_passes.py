@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fasfx.errors import ConfigError
 from fasfx.terminal import quiet, show, table
 
 app = typer.Typer(no_args_is_help=True, help="The passes that turn a model into a spiking network, and their tools.")
@@ -67,7 +68,7 @@ def run(
         from fasfx import tools
         from fasfx.difference import Difference, main_output
         from fasfx.program import facts
-        from fasfx.tools.subject import output
+        from fasfx.tools.subjects import output
 
         given = _subject(model, p, data)
         program = tools.run(given, show, print_after or (), print_diff, verify_each, stop_after, dump)
@@ -91,14 +92,17 @@ def diff(
     """
     with quiet():
         from fasfx import tools
-        from fasfx.tools.subject import program_folder
+        from fasfx.tools.subjects import program_folder
 
         sides = [_subject(model, p, data), _subject(other or model, to or p, data)]
         if not (p or to or levels):
             for one, source in zip(sides, (model, other or model), strict=True):
                 one.names = [] if program_folder(Path(source)) else one.names
         if levels:
-            sides = [one.until(level.strip()) for one, level in zip(sides, levels.split(","), strict=False)]
+            wanted = levels.replace(" ", "").split(",")
+            if len(wanted) != 2:
+                raise ConfigError(f"--levels {levels!r}: give two, such as RANGED,FOLDED")
+            sides = [one.until(level) for one, level in zip(sides, wanted, strict=True)]
         found = tools.diff(*sides)
     found = found.drop(columns="module").dropna(axis=1, how="all")
     table("", found.columns, ([_cell(value) for value in row] for row in found.itertuples(index=False)))
@@ -151,7 +155,7 @@ def reduce(model: Source, out: Folder, p: Pipeline = None, data: Data = None) ->
 def _subject(source: str, passes: str | None, data: Path | None) -> Any:
     """What a tool works on, from the command line's words."""
     from fasfx.tools import subject
-    from fasfx.tools.subject import texts_for
+    from fasfx.tools.subjects import texts_for
 
     with_texts = None if data is None else texts_for(source, data)
     return subject(source, passes, with_texts)

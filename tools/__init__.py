@@ -8,7 +8,7 @@ from fasfx.tools.diffing import diff
 from fasfx.tools.explaining import Explanation, explain
 from fasfx.tools.reducing import Reduced, reduce, replay
 from fasfx.tools.running import run
-from fasfx.tools.subject import Subject, subject
+from fasfx.tools.subjects import Subject, subject
 from fasfx.tools.verifying import Broken, verify
 
 __all__ = [

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fasfx.applying import Application
 from fasfx.difference import Difference, main_output, output_mask
 from fasfx.errors import ConfigError
-from fasfx.tools.subject import Stage, Subject, apply_partly, output
+from fasfx.tools.subjects import Stage, Subject, apply_partly, output
 from fasfx.tools.verifying import Broken, against
 
 # metric: (the tolerance where none is given, what it says)

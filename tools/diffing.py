@@ -9,7 +9,7 @@ from torch import Tensor
 from fasfx.errors import InputError
 from fasfx.passes import Clip
 from fasfx.passes.clip import thresholds
-from fasfx.tools.subject import Subject
+from fasfx.tools.subjects import Subject
 from fasfx.tools.tracing import Sent, Trace, trace
 from fasfx.tools.verifying import distance
 

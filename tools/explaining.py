@@ -11,7 +11,7 @@ from fasfx.coverage import coverage
 from fasfx.errors import InputError
 from fasfx.graph_text import target_name
 from fasfx.program import facts, module_path, source_line
-from fasfx.tools.subject import Stage, Subject
+from fasfx.tools.subjects import Stage, Subject
 
 DECIDED = ("SPIKING", "FOLDED", "LOWERED")  # levels at which it is known what spikes drive
 

@@ -23,7 +23,7 @@ from fasfx.graph_text import text
 from fasfx.program import FACTS, constants, copy_program, facts
 from fasfx.tools import pipeline
 from fasfx.tools.bisecting import Culprit, bisect
-from fasfx.tools.subject import Batch, Subject, apply_partly, store, subject
+from fasfx.tools.subjects import Batch, Subject, apply_partly, store, subject
 from fasfx.tools.verifying import Broken, verify
 
 _TEST = '''"""Pass {name} on the smallest graph that shows its fault; the graph is the text in {folder}/.

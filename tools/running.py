@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from fasfx.errors import ConfigError, PromiseError
 from fasfx.graph_text import text
 from fasfx.program import facts
-from fasfx.tools.subject import Subject, store
+from fasfx.tools.subjects import Subject, store
 from fasfx.tools.verifying import verify
 
 ALL = "all"

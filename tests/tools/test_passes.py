@@ -27,7 +27,7 @@ from fasfx.passes import PIPELINE
 from fasfx.program import facts
 from fasfx.tools import pipeline
 from fasfx.tools.bench.models import tiny, tiny_inputs
-from fasfx.tools.subject import apply_partly, output
+from fasfx.tools.subjects import apply_partly, output
 from fasfx.tools.verifying import distance
 
 EVERY = ",".join(one.name for one in PIPELINE)
