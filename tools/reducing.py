@@ -6,7 +6,7 @@ the pass on the whole network some dozens of times. The search begins with the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,17 +104,18 @@ def _broken(name: str, program: GraphModule, batch: Batch) -> list[Broken]:
     return verify(program, after, [*batch.values()])
 
 
-def _shrunk(nodes: set[Node], fails: Any) -> set[Node]:
+def _shrunk(nodes: set[Node], fails: Callable[[set[Node]], bool]) -> set[Node]:
     """Without every chunk that is not needed, from halves to single nodes (Zeller's delta debugging)."""
-    kept, size = sorted(nodes), max(1, len(nodes) // 2)
+    kept, size = sorted(nodes), len(nodes) // 2
     while size:
-        removed = False
-        for start in range(0, len(kept), size):
+        start = 0
+        while start < len(kept):
             rest = kept[:start] + kept[start + size :]
             if rest and fails(set(rest)):
-                kept, removed = rest, True
-                break
-        size = size if removed and size < len(kept) else size // 2 if not removed else max(1, len(kept) // 2)
+                kept = rest
+            else:
+                start += size
+        size //= 2
     return set(kept)
 
 
@@ -126,8 +127,8 @@ class _Recorded(Interpreter):
         self._program, self._fixed, self._values = program, constants(program), dict[Node, Any]()
         with torch.no_grad():
             self.run(*inputs)
-        self.operators = [n for n in program.graph.nodes if n.op == "call_function" and n not in self._fixed]
-        self.operators = [n for n in self.operators if not isinstance(self._values[n], int)]
+        varying = [n for n in program.graph.nodes if n.op == "call_function" and n not in self._fixed]
+        self.operators = {n for n in varying if not isinstance(self._values[n], int)}
 
     def run_node(self, n: Node) -> Any:
         """Keep the value."""
@@ -139,8 +140,8 @@ class _Recorded(Interpreter):
         near = {n for n in self.operators if names & {n.name, n.meta.get("site"), n.meta.get("group")}}
         while near and len(near) < len(self.operators):
             yield near
-            near = near | {m for n in near for m in (*n.all_input_nodes, *n.users) if m in set(self.operators)}
-        yield set(self.operators)
+            near = near | {m for n in near for m in (*n.all_input_nodes, *n.users) if m in self.operators}
+        yield self.operators
 
     def part(self, nodes: set[Node]) -> tuple[GraphModule, Batch]:
         """The program of these nodes only: other values become inputs, sizes become numbers."""

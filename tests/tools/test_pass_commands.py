@@ -94,7 +94,7 @@ def test_the_case_of_the_debugging_guide(guide: Path) -> None:
     bisect, shown, reduce = (run(command) for command in rest)
     expected, line = (block.strip() for block in blocks("debugging.md", "text"))
     assert (bisect.exit_code, shown.exit_code, reduce.exit_code) == (1, 0, 1)
-    assert bisect.output.endswith(expected + "\n")
+    assert bisect.output.endswith(expected + "\n"), bisect.output
     assert "--- before late-scale" in shown.output
     assert line in (guide / "case" / "late_scale" / "graph.txt").read_text()
     assert commands("debugging.md")[4] == "pytest case"
