@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from fasfx.applying import may_apply
 from fasfx.levels import is_skipped
 from fasfx.program import add_tensor, arg, arguments, attribute, facts
 from fasfx.synapses import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
@@ -18,7 +19,7 @@ aten = torch.ops.aten
 def fold_batch_norms(gm: GraphModule) -> bool:
     """conv -> batch_norm becomes one conv with scaled weights where nothing else reads the conv. Exact."""
     found = [n for n in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default) if _can_go(gm, n)]
-    for node in found:
+    for node in [n for n in found if may_apply("normalise", "fold_batch_norms", n)]:
         conv, given, norm = node.args[0], arguments(node.args[0]), arguments(node)
         stored = [given["weight"], given["bias"], *(norm[k] for k in ("running_mean", "running_var", "weight", "bias"))]
         w, b, mean, var, scale, shift = (n if n is None else attribute(gm, str(n.target)) for n in stored)

@@ -1,12 +1,15 @@
 """Checkpoints: a folder with spike_config.json, graph.txt and model.safetensors. No pickle, no code.
 
-What is stored is the calibrated program (level RANGED) with the original weights and the sites' ranges.
+`write` and `read` store a program of any level this way; its ledger and history stay behind. A converted network is
+stored as its calibrated program (level RANGED) with the original weights and the sites' ranges.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,63 +33,86 @@ _OF_SITES = ("peak", "tail", "theta", "tuned", "initial")  # tensors that a site
 
 def save(model: SpikingModel, folder: Path) -> None:
     """Write a checkpoint beside the target, then rename: a crash or a full disk leaves what was there."""
+    if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
+        raise CheckpointError(f"{folder} holds a model that would be overwritten: choose another folder")
+    with written_beside(folder) as staging:
+        if model.config is not None:
+            model.config.save_pretrained(staging)
+        write(model.ranged, staging)
+
+
+def write(gm: GraphModule, folder: Path) -> None:
+    """Write a program into a folder that is there. Raises OSError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    program = facts(model.ranged)
-    tensors, aliases = _unique(_tensors(model.ranged))
+    program = facts(gm)
+    tensors, aliases = _unique(_tensors(gm))
     for site in program.sites.values():
         tensors |= {
             f"{_RANGES}.{site.name}.{key}": t.contiguous() for key in _OF_SITES if (t := getattr(site, key)) is not None
         }
-    if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
-        raise CheckpointError(f"{folder} holds a model that would be overwritten: choose another folder")
-    with written_beside(folder) as staging:
-        (staging / GRAPH).write_text(text(model.ranged), encoding="utf-8")
-        try:
-            save_file(tensors, staging / WEIGHTS)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
-        if model.config is not None:
-            model.config.save_pretrained(staging)
-        settings = {
-            "format": FORMAT,
-            "config": dataclasses.asdict(program.config),
-            "constants": program.constants,
-            "aliases": aliases,
-            "ranges": program.ranges,
-            "trained": program.trained,
-            "tuned": program.tuned,
-            "tuning": program.tuning,
-            "sites": [_site_to_json(site) for site in program.sites.values()],
-            "bytes": {file.name: file.stat().st_size for file in sorted(staging.iterdir())},
-        }
-        (staging / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    (folder / GRAPH).write_text(text(gm), encoding="utf-8")
+    try:
+        save_file(tensors, folder / WEIGHTS)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    settings = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(program.config),
+        "constants": program.constants,
+        "aliases": aliases,
+        "ranges": program.ranges,
+        "trained": program.trained,
+        "tuned": program.tuned,
+        "tuning": program.tuning,
+        "sites": [_site_to_json(site) for site in program.sites.values()],
+        "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
 def load(folder: Path) -> SpikingModel:
-    """Read a checkpoint. Raises CheckpointError for a missing, truncated, foreign or newer one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """Read a converted network. Raises CheckpointError for a missing, truncated, foreign or newer one."""
+    from transformers import AutoConfig
 
     from fasfx.model import SpikingModel
 
+    ranged = read(folder)
+    with _damage(folder):
+        named = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))["bytes"]
+        return SpikingModel(ranged, AutoConfig.from_pretrained(folder) if "config.json" in named else None)
+
+
+def read(folder: Path) -> GraphModule:
+    """The program that `write` wrote. Raises CheckpointError."""
+    from safetensors.torch import load_file
+
     if not (folder / SETTINGS).is_file():
         raise CheckpointError(f"{folder} is no fasfx checkpoint: it has no {SETTINGS}; make one with `fasfx convert`")
-    try:
+    with _damage(folder):
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         _check(folder, settings)
         tensors = load_file(folder / WEIGHTS)
         tensors |= {alias: tensors[name] for alias, name in settings["aliases"].items()}
-        ranged = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
-        facts(ranged).constants = settings["constants"]
-        facts(ranged).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
+        gm = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
+        facts(gm).constants = settings["constants"]
+        facts(gm).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
         for name in ("trained", "tuned", "tuning"):
-            setattr(facts(ranged), name, settings.get(name, getattr(facts(ranged), name)))
-        token = facts(ranged).config.granularity == "token"  # formats before 3 say so for the whole network
+            setattr(facts(gm), name, settings.get(name, getattr(facts(gm), name)))
+        token = facts(gm).config.granularity == "token"  # formats before 3 say so for the whole network
         sites = [{"dynamic": token and site["fixed"] is None} | site for site in settings["sites"]]
-        facts(ranged).sites = {site["name"]: _site_from_json(site, tensors) for site in sites}
-        return SpikingModel(ranged, _hugging_face_config(folder, settings))
+        facts(gm).sites = {site["name"]: _site_from_json(site, tensors) for site in sites}
+    return gm
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    """Whatever a damaged file causes, as one CheckpointError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except CheckpointError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError, FasfxError) as error:
@@ -103,12 +129,6 @@ def _check(folder: Path, settings: dict[str, Any]) -> None:
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             raise CheckpointError(f"{folder / name} has {found} bytes instead of {size}: the checkpoint is truncated")
-
-
-def _hugging_face_config(folder: Path, settings: dict[str, Any]) -> Any | None:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(folder) if "config.json" in settings["bytes"] else None
 
 
 def _tensors(gm: GraphModule) -> dict[str, Tensor]:

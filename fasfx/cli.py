@@ -8,20 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fasfx.cli_passes import app as passes
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError, FasfxError
-from fasfx.terminal import (
-    contributions,
-    equivalence,
-    kernels,
-    progress,
-    quiet,
-    say,
-    show,
-    silent,
-    table,
-    tuning,
-    working,
-)
+from fasfx.terminal import contributions, equivalence, kernels, progress, quiet, say, show, silent, tuning, working
 
 if TYPE_CHECKING:
     from fasfx.config import SpikeConfig
@@ -53,7 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn Hugging Face transformers into spiking neural networks.",
 )
-passes = typer.Typer(no_args_is_help=True, help="The passes that turn a model into a spiking network.")
 app.add_typer(passes, name="passes")
 
 TEXTS = ".txt with one text per line, .jsonl or .csv"
@@ -290,22 +278,6 @@ def export(out: Checkpoint, onnx: Onnx, opset: Opset = 18, form: Form = None, pr
     show(f"ONNX model in {onnx}; run it with fasfx.runtime.OnnxModel")
 
 
-@passes.command("list")
-def list_passes() -> None:
-    """The passes in order, with what each takes and gives."""
-    from fasfx.capture import capture
-    from fasfx.passes import PIPELINE
-
-    pipeline: tuple[Any, ...] = PIPELINE
-    first = ("0", "capture", "a model -> CAPTURED", "exact", _summary(capture))
-    rows = [
-        (str(number), one.name, f"{one.takes} -> {one.gives}", one.numerics, _summary(one))
-        for number, one in enumerate(pipeline, 1)
-    ]
-    table("", ("", "pass", "level", "numerics", "what it does"), [first, *rows])
-    show("exact: float rounding only; ledger: every change has a line in the error ledger")
-
-
 def main() -> None:
     """Entry point of the `fasfx` command."""
     app()
@@ -370,11 +342,3 @@ def _draw(figure: Any, file: Path) -> None:
         figure(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot draw to {file}: {error}; give a .png file in a folder that exists") from error
-
-
-def _summary(documented: Any) -> str:
-    return str(documented.__doc__ or "").strip().splitlines()[0]
-
-
-if __name__ == "__main__":
-    main()

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Proxy
 
+from fasfx.applying import may_apply
 from fasfx.levels import is_skipped
-from fasfx.program import arguments, constants, fake
+from fasfx.program import arguments, constants, decline, fake
 from fasfx.rewrite import emit, proxies
 from fasfx.synapses import carried_values
 
@@ -29,9 +30,13 @@ def compose(gm: GraphModule) -> bool:
     for node in [n for n in gm.graph.nodes if n in values and n not in fixed and n.target in COMPOSITIONS]:
         if is_skipped(gm, node) or (node.target is aten.div.Tensor and node.args[1] not in values):
             continue
+        if not may_apply("normalise", "compose", node):
+            continue
         write_out = partial(COMPOSITIONS[node.target], **proxies(gm, arguments(node)))
         result = emit(gm, node, write_out)
-        if result is not None:
+        if result is None:
+            decline(gm, "normalise", "compose", node.name, f"{node.target} is not written out with these arguments")
+        else:
             node.replace_all_uses_with(result.node)
             gm.graph.erase_node(node)
             changed = True

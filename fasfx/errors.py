@@ -35,6 +35,10 @@ class RewriteError(FasfxError):
     """A rewrite rule is malformed, or its replacement does not fit the graph."""
 
 
+class PromiseError(FasfxError):
+    """A pass broke what it promises; names the pass and the nodes."""
+
+
 class GraphTextError(FasfxError, ValueError):
     """A graph text cannot be parsed; names the line."""
 

@@ -35,6 +35,7 @@ from fasfx.levels import LEVELS
 from fasfx.program import FACTS, Facts, attribute, facts, infer_node, module_path, source_line
 
 FORMAT = 1
+_CARRIED = ("site", "group", "sends")  # which site or group a neuron, a group or a running estimate is of
 _TYPES = {"device": torch.device, "float": float, "slice": slice}
 _COMPARE = {"eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"}
 _SIZE_FUNCTIONS = {
@@ -70,7 +71,7 @@ def _line(gm: GraphModule, node: Node) -> str:
     else:
         arguments = [_value(a) for a in node.args] + [f"{k}={_value(v)}" for k, v in node.kwargs.items()]
         call = f"{target_name(node.target)}({', '.join(arguments)})"
-    note = {"module": module_path(node), "line": source_line(node)}
+    note = {"module": module_path(node), "line": source_line(node)} | {k: node.meta.get(k) for k in _CARRIED}
     tail = "".join(f" {k}={json.dumps(v)}" for k, v in note.items() if v)
     return f"{node.name} = {call}  # {_type(gm, node)}{tail}"
 
@@ -212,7 +213,8 @@ class _Reader:
         return node
 
     def _provenance(self, node: Node, note: str) -> None:
-        found = {k: json.loads(v) for k, v in re.findall(r'(module|line)=("(?:[^"\\]|\\.)*")', note)}
+        found = {k: json.loads(v) for k, v in re.findall(r'(\w+)=("(?:[^"\\]|\\.)*")', note)}
+        node.meta |= {k: found[k] for k in _CARRIED if k in found}
         if "module" in found:
             node.meta["nn_module_stack"] = {found["module"]: (found["module"], "")}
         if "line" in found:

@@ -11,10 +11,11 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from fasfx import ops
+from fasfx.applying import may_apply
 from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
 from fasfx.ops.byte_count import LARGEST, fits, pair_limit, zero_of
-from fasfx.program import Declined, add_tensor, arg, facts, fake, insert, module_path
+from fasfx.program import add_tensor, arg, decline, facts, fake, insert, module_path
 from fasfx.scales import Scaler
 from fasfx.synapses import VIEWS, Carriers
 
@@ -30,6 +31,8 @@ def scale_rows_after(gm: GraphModule) -> None:
             continue
         counts, rows = decoded.args
         if (value := fake(rows)) is None or value.dim() == 0 or value.shape[-1] != 1:
+            continue
+        if not may_apply("lower", "scale_rows_after", node):
             continue
         product = insert(gm, node, node, aten.linear.default, counts, node.args[1])
         current = insert(gm, node, node, aten.mul.Tensor, product, rows)
@@ -47,8 +50,11 @@ def use_int8_weights(gm: GraphModule) -> None:
     scaler, carriers = Scaler(gm), Carriers(gm)
     for node in list(gm.graph.nodes):
         if node.target is aten.linear.default and carriers.is_sent(node.args[0]) and scaler.is_fixed(node.args[1]):
-            _round_layer(gm, scaler, node)
+            if may_apply("lower", "int8_weights", node):
+                _round_layer(gm, scaler, node)
         elif node.target is aten.embedding.default and scaler.is_fixed(node.args[0]):
+            if not may_apply("lower", "int8_weights", node):
+                continue
             weight, scale = rounded(scaler.value_of(arg(node, 0)), 2 * LARGEST)
             stored = weight.t().contiguous(), scale[:, None]
             _replace(gm, node, ops.integer_embedding.op, stored, lambda n, at: (*at, n.args[1]))
@@ -95,8 +101,9 @@ def send_bytes(gm: GraphModule) -> None:
     for neuron in gm.graph.find_nodes(op="call_function", target=ops.count.op):
         if readers := [user for user in neuron.users if _is_product(user)]:
             if why := why_not_bytes(neuron):
-                facts(gm).declined += [Declined("lower", "send_bytes", reader.name, why) for reader in readers]
-            else:
+                for reader in readers:
+                    decline(gm, "lower", "send_bytes", reader.name, why)
+            elif may_apply("lower", "send_bytes", neuron):
                 sent[neuron] = _as_byte(gm, neuron)
     for node in list(gm.graph.nodes):
         bytes_read = [sent.get(value) for value in node.args[:2]] if _is_product(node) else []

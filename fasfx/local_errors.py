@@ -48,8 +48,7 @@ class LocalErrors(Interpreter):
             sender, exact, sent = ("site", n.meta["site"]), given["x"].clone(), ops.qcfs.op(**given).detach()
         else:
             sender, exact = ("group", n.meta["group"]), FUNCTIONS[given["function"]].exact(given["x"])
-            figures = GroupFigures(given["function"], given["neurons"])
-            sent = self.groups.setdefault(n.meta["group"], figures).add(given)
+            sent = self.groups.setdefault(n.meta["group"], GroupFigures(given["function"])).add(n.target, given)
         if torch.is_grad_enabled() and not exact.requires_grad:
             exact = exact.detach().requires_grad_()
         self.values[sender], self.errors[sender] = exact, sent - exact.detach()
@@ -73,31 +72,40 @@ class GroupFigures:
     """
 
     function: str
-    neurons: int
+    neurons: int = 0
     measured: float = 0.0
     clipped: int = 0
     values: int = 0
 
     @torch.no_grad()
-    def add(self, given: dict[str, Any]) -> Tensor:
-        """Note what a group gives for these arguments of `fasfx::lookup`, in float64; returns it."""
+    def add(self, operator: Any, given: dict[str, Any]) -> Tensor:
+        """Note what `fasfx::group` or `fasfx::lookup` gives for these arguments, in float64; returns it."""
         x, function = given["x"], FUNCTIONS[given["function"]]
-        wide = given | {"x": x.double(), "table": given["table"].double()}
-        sent: Tensor = ops.lookup.op(**wide)
-        gap = (sent - function.exact(x.double())).abs()
+        wide = given | {k: v.double() for k, v in given.items() if k in ("x", "table", "edges", "values")}
+        low, high, self.neurons, dtype = _extent(given)
+        sent: Tensor = operator(**wide)
+        gap = (sent / given["scale"] - function.exact(x.double())).abs()
         reduction = REDUCTIONS[function.reduction]
         z, parts = reduction.split(x.double())
         if reduction.relative:
             gap = gap / reduction.join(torch.ones_like(z), parts).abs()
         if function.needs_range:
-            inside = (z >= given["low"]) & (z <= given["high"])
+            inside = (z >= low) & (z <= high)
             self.clipped, gap = self.clipped + int((~inside).sum()), gap[inside]
         if reduction.normal:
-            gap = gap[x.abs() >= torch.finfo(given["table"].dtype).tiny]
+            gap = gap[x.abs() >= torch.finfo(dtype).tiny]
         finite = gap[gap.isfinite()]
         self.measured = max(self.measured, float(finite.max()) if finite.numel() else 0.0)
         self.values += x.numel()
         return sent.to(x.dtype)
+
+
+def _extent(given: dict[str, Any]) -> tuple[float, float, int, torch.dtype]:
+    """Both ends of what a group covers, its number of neurons, and the dtype it computes in."""
+    if "edges" not in given:
+        return given["low"], given["high"], given["neurons"], given["table"].dtype
+    edges = given["edges"]
+    return float(edges[0]), float(edges[-1]), len(edges) - 1, edges.dtype
 
 
 @dataclass

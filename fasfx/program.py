@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec
 
 from fasfx.config import SpikeConfig
 from fasfx.ledger import Ledger
+from fasfx.logs import channel
 from fasfx.ops import GROUPS, LIKE_FIRST, NEURONS
 
 FACTS = "fasfx"
@@ -110,6 +111,12 @@ def facts(gm: GraphModule) -> Facts:
     found = gm.meta.get(FACTS)
     assert isinstance(found, Facts), "not a fasfx program: capture it first"
     return found
+
+
+def decline(gm: GraphModule, pass_name: str, rule: str, node: str, reason: str) -> None:
+    """Note that a rule matched at a node and did not rewrite, and why."""
+    facts(gm).declined.append(Declined(pass_name, rule, node, reason))
+    channel("declined").info("%s: %s at %s: %s", pass_name, rule, node, reason)
 
 
 def copy_program(gm: GraphModule) -> GraphModule:

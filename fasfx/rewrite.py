@@ -12,9 +12,10 @@ from torch.fx import GraphModule, Node, Proxy
 from torch.fx.passes.utils.matcher_utils import InternalMatch, SubgraphMatcher
 from torch.fx.proxy import GraphAppendingTracer
 
+from fasfx.applying import may_apply
 from fasfx.errors import RewriteError
 from fasfx.ledger import Bound, Entry, Exact, Promise
-from fasfx.program import Declined, describe, facts, infer_node, inherit, module_path
+from fasfx.program import decline, describe, facts, infer_node, inherit, module_path
 
 Bindings = dict[str, Any]
 
@@ -44,7 +45,9 @@ class Rule:
         bound: Bindings = {str(p.target): n for p, n in match.nodes_map.items() if p.op == "placeholder"}
         verdict = _call(self.when, bound)
         if verdict is not True:
-            facts(gm).declined.append(Declined(pass_name, self.name, root.name, str(verdict)))
+            decline(gm, pass_name, self.name, root.name, str(verdict))
+            return False
+        if not may_apply(pass_name, self.name, root):
             return False
         promise, value = self.error, None
         if not isinstance(promise, Promise):

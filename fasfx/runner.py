@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -11,7 +12,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from fasfx.errors import LevelError
+from fasfx.graph_text import text
 from fasfx.levels import LEVELS, violations
+from fasfx.logs import channel
 from fasfx.program import Ran, copy_program, facts, infer_node
 from fasfx.rewrite import Rule
 
@@ -76,7 +79,11 @@ class Runner(PassManager):
             tidy(new)
             facts(new).level = getattr(one, "gives", level)
             check_level(new, name)
-            facts(new).history.append(Ran(name, facts(new).level, time.perf_counter() - start, len(new.graph.nodes)))
+            ran = Ran(name, facts(new).level, time.perf_counter() - start, len(new.graph.nodes))
+            facts(new).history.append(ran)
+            channel("passes").info("%s -> %s in %.2f s, %d nodes", name, ran.level, ran.seconds, ran.nodes)
+            if channel("passes").isEnabledFor(logging.DEBUG):
+                channel("passes").debug("%s", text(new))
             if self._after:
                 self._after(name, new)
             return PassResult(new, result.modified if result is not None else True)
@@ -98,6 +105,10 @@ def tidy(gm: GraphModule) -> None:
 def check_level(gm: GraphModule, pass_name: str) -> None:
     """Raise LevelError if the program is not what its level says."""
     level = LEVELS[facts(gm).level]
-    if found := violations(gm, level):
+    found = violations(gm, level)
+    channel("levels").info("after %s: %s, broken at %d nodes", pass_name, level.name, len(found))
+    for check in level.checks:
+        channel("levels").debug("    %s", check.__qualname__)
+    if found:
         listed = "\n  ".join(found[:5]) + (f"\n  and {len(found) - 5} more" if len(found) > 5 else "")
         raise LevelError(f"after pass {pass_name} the program is not at {level.name} ({level.meaning}):\n  {listed}")

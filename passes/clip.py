@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.applying import may_apply
 from fasfx.config import SpikeConfig
 from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
@@ -44,6 +45,8 @@ class Clip(Pass):
         nodes, live = {node.name: node for node in gm.graph.nodes}, {node for node, _ in synapses(gm)}
         for site in facts(gm).sites.values():
             value = nodes[site.name]
+            if not may_apply(self.name, f"{config.code}_neuron", value):
+                continue
             before = next(n for n in _from(value.next) if n.op != "placeholder")
             if site.dynamic:
                 threshold, top = _per_row(gm, value, before, config), None

@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.applying import may_apply
 from fasfx.ops.library import per_threshold
-from fasfx.program import Declined, add_tensor, arg, attribute, constants, facts, insert
+from fasfx.program import add_tensor, arg, attribute, constants, decline, facts, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler, strip
 from fasfx.synapses import CONVOLUTIONS, RELAYS, operand
 
 aten = torch.ops.aten
 _ONE = torch.ones(())
+SUMMED = "the scale does not leave the sum"
 
 
 class Fold(Pass):
@@ -35,15 +37,20 @@ class Fold(Pass):
         """Make every static neuron a unit neuron, then move both scales away."""
         fixed = constants(gm)
         neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if n.args[1] in fixed]
-        scales = dict(neuron_to_unit(gm, node) for node in neurons)
+        scales = dict(neuron_to_unit(gm, n) for n in neurons if may_apply(self.name, "neuron_to_unit", n))
         scaler = Scaler(gm)
         for reader in dict.fromkeys(reader for unit in scales for reader in _readers(unit)):
             units = dict.fromkeys(value for n in reader.all_input_nodes if (value := operand(n)) in scales)
-            if not scale_to_reader(gm, scaler, scales, reader):
-                for unit in units:
-                    _decode_before(gm, unit, scales[unit], reader)
+            moves = may_apply(self.name, "scale_to_reader", reader)
+            if moves and scale_to_reader(gm, scaler, scales, reader):
+                continue
+            for unit in units:
+                _decode_before(gm, unit, scales[unit], reader)
+            if moves:
+                decline(gm, self.name, "scale_to_reader", reader.name, f"{SUMMED} of {reader.target}")
         for unit in scales:
-            scale_to_maker(gm, scaler, unit)
+            if may_apply(self.name, "scale_to_maker", unit):
+                scale_to_maker(gm, scaler, unit)
         return bool(neurons)
 
 
@@ -131,15 +138,12 @@ def _multiply_output(gm: GraphModule, scaler: Scaler, node: Node, scale: Tensor)
 
 
 def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> None:
-    """The scale cannot leave the sum: decode the counts just before this reader."""
+    """Decode the counts just before this reader."""
     decoded = insert(gm, reader, unit, aten.mul.Tensor, unit, 1.0)
     Scaler(gm).set_factor(decoded, scale)
     for value in list(reader.all_input_nodes):
         if operand(value) is unit:
             reader.replace_input_with(value, decoded)
-    facts(gm).declined.append(
-        Declined("fold", "scale_to_reader", reader.name, f"the scale does not leave the sum of {reader.target}")
-    )
 
 
 def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:
@@ -152,4 +156,4 @@ def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:
         gm.graph.erase_node(up)
         return
     why = "others read the value too" if len(x.users) > 1 else f"a factor does not move through {x.target}"
-    facts(gm).declined.append(Declined("fold", "scale_to_maker", unit.name, why))
+    decline(gm, "fold", "scale_to_maker", unit.name, why)

@@ -17,6 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.applying import may_apply
 from fasfx.integer import scale_rows_after, send_bytes, use_int8_weights
 from fasfx.ops.lookup import Cells, cells_of, table_of
 from fasfx.program import add_tensor, arg, attribute, constants, facts, insert
@@ -44,10 +45,10 @@ class Lower(Pass):
         for node in gm.graph.find_nodes(op="call_function", target=aten.dropout.default):
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
-        if facts(gm).config.schedule == "synchronous":
-            make_step_graph(gm)
-        else:
+        if facts(gm).config.schedule == "sequential":
             close(gm)
+        elif may_apply(self.name, "make_step_graph", gm.graph.output_node()):
+            make_step_graph(gm)
         if facts(gm).config.weights == "int8":
             scale_rows_after(gm)
             use_int8_weights(gm)
@@ -61,6 +62,8 @@ def look_up(gm: GraphModule) -> None:
     """Replace every group by its table, under both schedules: a group settles within a tick."""
     made: dict[tuple[Any, ...], tuple[Cells, Node]] = {}  # by breakpoints and neurons: only the values differ
     for node in gm.graph.find_nodes(op="call_function", target=ops.group.op):
+        if not may_apply("lower", "group_to_lookup", node):
+            continue
         x, edges_node, values_node, function, unit, rest, left, right, scale, code, steps = cast(Any, node.args)
         edges, values = (attribute(gm, str(n.target)) for n in (edges_node, values_node))
         key = (edges_node, unit, rest, code, steps)
@@ -80,6 +83,8 @@ def close(gm: GraphModule) -> None:
     """Replace every neuron by its closed form."""
     fixed = constants(gm)
     for node in gm.graph.find_nodes(op="call_function", target=ops.fire.op):
+        if not may_apply("lower", "fire_to_count", node):
+            continue
         unit = node.args[1] in fixed
         node.replace_all_uses_with(_unit_count(gm, node) if unit else _scaled_count(gm, node))
         gm.graph.erase_node(node)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
+from fasfx.applying import may_apply
 from fasfx.attention import attention_to_products, softmax_to_deferred
 from fasfx.batch_norms import fold_batch_norms
 from fasfx.compositions import compose
@@ -168,10 +169,11 @@ class Normalise(Pass):
         if not facts(gm).trainable:
             changed |= fold_batch_norms(gm)
         for node in gm.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-            attention_to_products(gm, node)
-            changed = True
+            if may_apply(self.name, "attention_to_products", node):
+                attention_to_products(gm, node)
+                changed = True
         for node in gm.graph.find_nodes(op="call_function", target=aten.softmax.int):
-            changed |= softmax_to_deferred(gm, node)
+            changed |= may_apply(self.name, "softmax_to_deferred", node) and softmax_to_deferred(gm, node)
         if facts(gm).config.nonlinear == "spiking":
             changed |= compose(gm)
         return changed
@@ -238,7 +240,7 @@ def scaled_products_to_matmul(gm: GraphModule) -> bool:
     """addmm and baddbmm with alpha or beta, and products of a value with itself: no pattern matches those."""
     sums, plain = (aten.addmm.default, aten.baddbmm.default), (aten.mm.default, aten.bmm.default)
     found = [n for n in gm.graph.nodes if n.target in sums + plain]
-    for node in found:
+    for node in [n for n in found if may_apply("normalise", "scaled_products_to_matmul", n)]:
 
         def product(node: Node = node) -> Any:
             *added, x, y = (proxy(gm, arg(node, i)) for i in range(len(node.args)))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from torch.fx import GraphModule
 
+from fasfx.applying import may_apply
 from fasfx.heads import Values, find_values
-from fasfx.program import Declined, facts
+from fasfx.program import Declined, decline, facts
 from fasfx.rotating import rotate_stream, rotate_values
 from fasfx.runner import Pass
 from fasfx.streams import Stream, find_streams
@@ -31,11 +32,13 @@ class Rotate(Pass):
         if facts(gm).config.weights != "int8" or facts(gm).trainable:
             return False
         streams, values = find_streams(gm), find_values(gm)
-        facts(gm).declined += [one for one in (*streams, *values) if isinstance(one, Declined)]
+        for one in (*streams, *values):
+            if isinstance(one, Declined):
+                decline(gm, one.pass_name, one.rule, one.node, one.reason)
         for stream in streams:
-            if isinstance(stream, Stream):
+            if isinstance(stream, Stream) and may_apply(self.name, "rotate_stream", next(iter(stream.writers))):
                 rotate_stream(gm, stream)
         for heads in values:
-            if isinstance(heads, Values):
+            if isinstance(heads, Values) and may_apply(self.name, "rotate_values", heads.maker):
                 rotate_values(gm, heads)
         return bool(streams or values)

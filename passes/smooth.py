@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.applying import may_apply
 from fasfx.integer import step
 from fasfx.ops.byte_count import pair_limit
 from fasfx.passes.clip import floored
-from fasfx.program import Declined, Site, arg, facts, insert
+from fasfx.program import Site, arg, decline, facts, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler
 from fasfx.synapses import RELAYS, operand, synapses
@@ -53,7 +54,8 @@ class Smooth(Pass):
         for site in facts(gm).sites.values():
             value = nodes[site.name]
             layers = readers[value]
-            if site.channel == (-1,) and all(_is_layer(scaler, node) for node in layers):
+            fits = site.channel == (-1,) and all(_is_layer(scaler, node) for node in layers)
+            if fits and may_apply(self.name, "smooth_into_maker", value):
                 scale = _scale(gm, scaler, site, layers)
                 value = smooth_into_maker(gm, scaler, value, layers, scale.to(site.peak))
                 peak = (_range(site) / scale).amax().to(site.peak)
@@ -126,5 +128,5 @@ def smooth_into_maker(gm: GraphModule, scaler: Scaler, value: Node, readers: lis
         return made
     scaler.set_factor(divided, 1 / scale)
     why = "others read the value too" if len(value.users) > 1 else f"a factor does not move through {value.target}"
-    facts(gm).declined.append(Declined("smooth", "smooth_into_maker", value.name, why))
+    decline(gm, "smooth", "smooth_into_maker", value.name, why)
     return divided

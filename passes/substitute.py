@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
+from fasfx.applying import may_apply
 from fasfx.groups import Group, bound_formula, group
 from fasfx.ledger import Bound, Entry, Exact
 from fasfx.levels import is_skipped
 from fasfx.ops.functions import FUNCTIONS, OPERATORS, Function, function_of
 from fasfx.ops.reductions import REDUCTIONS
-from fasfx.program import Declined, add_tensor, arguments, facts, fake, insert, module_path
+from fasfx.program import add_tensor, arguments, decline, facts, fake, insert, module_path
 from fasfx.rewrite import rewrite
 from fasfx.runner import Pass
 from fasfx.synapses import carried_values
@@ -88,9 +89,9 @@ def functions_to_groups(gm: GraphModule) -> bool:
         name = function_of(node.target, arguments(node))
         if name is None:
             reason = f"no group is known for {node.target} with these arguments: register_function takes yours"
-            facts(gm).declined.append(Declined("substitute", "function_to_group", node.name, reason))
-            continue
-        _to_group(gm, node, FUNCTIONS[name], stored)
+            decline(gm, "substitute", "function_to_group", node.name, reason)
+        elif may_apply("substitute", "function_to_group", node):
+            _to_group(gm, node, FUNCTIONS[name], stored)
     return bool(stored)
 
 
