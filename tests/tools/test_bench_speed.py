@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fasfx.tools.bench import cases, models, speed
+from fasfx import ops
+from fasfx.tools.bench import cases, models, peers, speed
 from fasfx.tools.bench.timing import Ratio
 
 
@@ -43,3 +44,22 @@ def test_the_integer_form_is_held_to_its_limit_and_to_dynamic_int8(figure: float
     }
     line = speed._line(speed.INTEGER, rows, [0.55], 1.0)
     assert line.met is met and "0.55" in line.target
+
+
+def test_the_if_loop_sends_rounded_activations() -> None:
+    """For constant input the mean of T steps is QCFS with L = T."""
+    neuron, x = peers.IntegrateAndFire(2.0), torch.tensor([-1.0, 0.1, 0.7, 1.9, 5.0])
+    sent = torch.stack([neuron(x) for _ in range(peers.IF_STEPS)]).mean(0)
+    assert torch.equal(sent, ops.qcfs.op(x, torch.tensor(2.0), "rate", peers.IF_STEPS, 1, False))
+
+
+def test_every_peer_is_timed_and_spikingjellys_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.tiny("bert")
+    monkeypatch.setattr(cases, "minilm", lambda: (model, None))
+    monkeypatch.setattr(cases, "calibration", lambda *_, **__: [models.tiny_inputs("bert")])
+    monkeypatch.setattr(cases, "evaluation", lambda *_: [models.tiny_inputs("bert")])
+    monkeypatch.setattr(peers, "_spikingjelly", lambda *_: "SpikingJelly says no.")
+    (table,) = peers.peers(quick=True)
+    times = {line.label: line.figures[0] for line in table.lines}
+    assert len(times) == 4 and times["original"] == 1
+    assert "SpikingJelly says no." in table.note

@@ -17,12 +17,13 @@ from fasfx.runtime import OnnxModel
 from fasfx.tools.bench import cases, cost, data, timing
 from fasfx.tools.bench.data import Batch
 from fasfx.tools.bench.fidelity import WINDOW, windows_of
+from fasfx.tools.bench.peers import peers
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, below, plain
 
 DYNAMIC = "ONNX Runtime's dynamic int8"
 INTEGER, SPIKING, FLOAT = "integer form", "integer form, functions spiking", "the same counts in float"
 Shape = tuple[int, int]
-SHAPES = ((1, 16), (1, 128), (8, 16), (8, 128))
+SHAPES = ((1, 16), (1, 128), (8, 16), (8, 128), (32, 16), (32, 128))
 LIMITS = {(1, 16): 0.55, (1, 128): 0.66, (8, 128): 0.66}
 SPIKING_LIMIT, SMOLLM2_LIMIT = 0.85, 0.70
 EXPORT, NODES, SIZE = {"MiniLM-L6": 15.0, "SmolLM2-135M": 60.0}, 1.5, 0.3
@@ -207,4 +208,4 @@ def _cosines(model: Callable[..., Any], batch: Batch) -> torch.Tensor:
     return torch.cosine_similarity(*pooled)
 
 
-PARTS = {"minilm": minilm, "smollm2": smollm2}
+PARTS = {"minilm": minilm, "smollm2": smollm2, "peers": peers}
