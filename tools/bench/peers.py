@@ -26,7 +26,8 @@ class IntegrateAndFire(nn.Module):
 
     def __init__(self, theta: float) -> None:
         super().__init__()
-        self.theta, self.v = theta, None
+        self.theta = theta
+        self.v: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """One time step."""
