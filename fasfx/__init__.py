@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from fasfx.objective import Objective
     from fasfx.quantizer import SpikeQuantizer
     from fasfx.registration import register_function
+    from fasfx.runtime.energy import EnergyReport, energy
     from fasfx.training import ClippedModel, prepare
     from fasfx.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "ClippedModel",
+    "EnergyReport",
     "Equivalence",
     "Objective",
     "SpikeConfig",
@@ -31,6 +33,7 @@ __all__ = [
     "SpikingModel",
     "check",
     "convert",
+    "energy",
     "errors",
     "passes",
     "prepare",
@@ -46,12 +49,14 @@ _HOMES = {
     "ClippedModel": "training",
     "Objective": "objective",
     "prepare": "training",
+    "EnergyReport": "runtime.energy",
     "Equivalence": "equivalence",
     "SpikeConfig": "config",
     "SpikeQuantizer": "quantizer",
     "SpikingModel": "model",
     "check": "equivalence",
     "convert": "conversion",
+    "energy": "runtime.energy",
     "register_function": "registration",
     "tune": "tuning",
 }
