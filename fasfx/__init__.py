@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fasfx.quantizer import SpikeQuantizer
     from fasfx.registration import register_function
     from fasfx.runtime.energy import EnergyReport, energy
+    from fasfx.tools.report import report
     from fasfx.training import ClippedModel, prepare
     from fasfx.tuning import tune
 
@@ -38,6 +39,7 @@ __all__ = [
     "passes",
     "prepare",
     "register_function",
+    "report",
     "runtime",
     "tools",
     "tune",
@@ -58,6 +60,7 @@ _HOMES = {
     "convert": "conversion",
     "energy": "runtime.energy",
     "register_function": "registration",
+    "report": "tools.report",
     "tune": "tuning",
 }
 

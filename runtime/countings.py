@@ -109,7 +109,7 @@ COUNTINGS = (
             "quantised + 12.5 (b/8 acs + 8 neuron_steps + 4 float_macs)",
         ),
         f"{HOROWITZ}: 100 pJ for 64 bits from 1 MB of SRAM; every operation reads its weight, every value is written "
-        "and read once, every neuron reads and writes its potential of 4 bytes in every step, as SpikingJelly 2 counts it",
+        "and read once, every neuron reads and writes its potential of 4 bytes in every step (as in SpikingJelly 2)",
         original=lambda table, bits: _quantised(table, bits) + _traffic(table, bits),
         spiking=lambda table, bits: ac(bits) * table["acs"] + MAC * _float(table) + _spiking_traffic(table, bits),
         left=lambda table, bits: MAC * _float(table) + MEMORY * FLOAT * table["float_macs"],
