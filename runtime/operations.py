@@ -59,15 +59,19 @@ class OperationCounter(SpikeRecorder):
             self.groups[name] = self.groups.get(name, 0.0) + float(sent.double().sum())
         return super().run_node(n)
 
+    def _record(self, node: Node, result: Tensor) -> None:
+        """result: the counts of a neuron, or what it has sent after a tick."""
+        counts = result.to(torch.int32).contiguous().numpy(force=True)
+        self.sites.setdefault(str(node.meta["site"]), Sent()).digest.update(counts.tobytes())
+        super()._record(node, result)
+
     def _keep(self, site: str, events: Tensor) -> None:
-        sent, fired = self.sites.setdefault(site, Sent()), events != 0
+        sent, fired = self.sites[site], events != 0
         sent.spikes += int(fired.sum())
         sent.slots += events.numel()
         sent.values = events[0].numel()
         sent.low.append(events.flatten(1).amin(1))
         sent.high.append(events.flatten(1).amax(1))
-        counts = ops.CODES[self._config.code].decode(events, self._config.levels)
-        sent.digest.update(counts.contiguous().numpy(force=True).tobytes())
         for node in self._convolutions.get(site, ()):
             met = float((fired.sum(0) * fan_out(node, events[0])).sum())
             sent.reached[node.name] = sent.reached.get(node.name, 0.0) + met

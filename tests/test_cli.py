@@ -89,11 +89,11 @@ def test_help_is_quick_and_names_every_command() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert all(name in result.stdout for name in ("demo", "convert", "check", "energy", "export", "passes"))
+    assert all(name in result.stdout for name in ("demo", "convert", "check", "energy", "report", "export", "passes"))
     assert result.stderr.strip() == "False", "fasfx --help imports torch"
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "check", "energy", "export", "passes"])
+@pytest.mark.parametrize("command", ["demo", "convert", "check", "energy", "report", "export", "passes"])
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -198,6 +198,17 @@ def test_energy_prints_three_countings_and_every_layer(place: Path, converted: P
         assert re.search(rf"{row.counting} .* {row.original_pj / 1e6:.3f} .* {row.saved:.2%}", result.stdout)
     assert all(module in result.stdout for module in found.layers.module)
     assert f"products that spikes drive only: {found.headline:.2%} saved" in result.stdout
+
+
+def test_report_is_written_with_the_texts_to_choose_from(place: Path, converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="needs the extra report")
+    html = tmp_path / "report.html"
+    result = run("report", place / "model", converted, "-o", html, "--data", place / "texts.jsonl")
+    assert result.exit_code == 0, result.output
+    page = html.read_text("utf-8")
+    assert f"report in {html}" in result.stdout and all(f">{text}</option>" in page for text in TEXTS)
+    result = run("report", place / "model", converted, "-o", tmp_path / "none" / "report.html")
+    assert result.exit_code == 2 and "folder that exists" in result.stderr
 
 
 def test_export_runs_in_onnx_runtime(place: Path, converted: Path, tmp_path: Path) -> None:

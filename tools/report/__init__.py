@@ -19,6 +19,7 @@ from fasfx.tools.report.contents import contents
 from fasfx.tools.report.senders import senders
 
 TIMESTEPS = (1, 2, 3, 4, 5, 6)
+LIBRARY = "window.vegaEmbed = vegaEmbed"  # what the page needs of it
 NEEDS = "fasfx.report draws with Vega-Lite, which vl-convert-python holds: pip install 'fasfx[report]'"
 
 
@@ -43,13 +44,16 @@ def report(
         import vl_convert
     except ImportError as error:
         raise RuntimeUnavailableError(NEEDS) from error
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise CheckpointError(f"cannot write {target}: give a file in a folder that exists")
     held = [as_batch(model, batch) for batch in batches]
     measured = check(model, snn, held, timesteps, progress)
     spent = energy(snn, held)
     page = contents(model, snn, measured, spent)
     data = {**charts(measured, spent), "senders": senders(snn, held[0], texts)}
-    html = _template().render(page=page, data=data, library=vl_convert.javascript_bundle(), **_parts())
-    target = Path(path)
+    library = vl_convert.javascript_bundle(LIBRARY)
+    html = _template().render(page=page, data=data, library=library, style=_read("page.css"), script=_read("page.js"))
     try:
         target.write_text(html, encoding="utf-8")
     except OSError as error:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Node
 
 from fasfx import ops
-from fasfx.coverage import FLOAT, SYNAPSE
+from fasfx.coverage import TABLE
 from fasfx.equivalence import Equivalence
 from fasfx.local_errors import spiking_program
 from fasfx.model import SpikingModel
@@ -52,9 +52,7 @@ def contents(model: nn.Module, snn: SpikingModel, measured: Equivalence, spent: 
         "bits": spent.bits,
         "headline": spent.headline,
         "problems": spent.problems.to_dict("records"),
-        "left": [
-            row for row in snn.coverage.rows if row.kind == FLOAT or (row.kind == SYNAPSE and not row.spike_driven)
-        ],
+        "left": [row for row in snn.coverage.rows if row.kind != TABLE and not row.spike_driven],
         "configuration": asdict(snn.spike_config),
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
@@ -88,13 +86,11 @@ def _tiles(snn: SpikingModel, measured: Equivalence, spent: EnergyReport) -> Ite
 def _errors(measured: Equivalence) -> list[dict[str, float]]:
     """The table of error against T, with how many times error and bound fall for one step more."""
     rows: list[dict[str, float]] = measured.table.to_dict("records")
-    for before, row in zip([None, *rows], rows, strict=False):
+    for before, row in zip([rows[0], *rows], rows, strict=False):
+        steps = row["timesteps"] - before["timesteps"]
         for name in ("relative_l2", "bound"):
-            falls = before is not None and row[name] > 0
-            ratio = before[name] / row[name] if before is not None and falls else math.nan
-            row[f"{name}_falls"] = (
-                ratio ** (1 / (row["timesteps"] - before["timesteps"])) if before is not None else math.nan
-            )
+            known = steps > 0 and row[name] > 0
+            row[f"{name}_falls"] = (before[name] / row[name]) ** (1 / steps) if known else math.nan
     return rows
 
 
