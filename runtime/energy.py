@@ -93,10 +93,11 @@ class EnergyReport:
         return float(sites["spikes"].sum() / max(1, sites["values"].sum()))
 
     def _repr_html_(self) -> str:
-        return str(self.totals.to_html(index=False))
+        note = f"{self.headline:.2%} saved by the rule of FAS's headline, of products that spikes drive only"
+        return f"{self.totals.to_html(index=False)}<p>{note}</p>"
 
     def __str__(self) -> str:
-        return str(self.totals.to_string(index=False))
+        return str(self.totals.iloc[:, :5].to_string(index=False))
 
 
 def energy(snn: SpikingModel, batches: Iterable[Any], strict: bool = False) -> EnergyReport:
