@@ -18,7 +18,7 @@ from fasfx.tools.report.charts import charts
 from fasfx.tools.report.contents import contents
 from fasfx.tools.report.senders import senders
 
-TIMESTEPS = (1, 2, 3, 4, 5, 6)
+TIMESTEPS = (1, 2, 3, 4, 6)
 LIBRARY = "window.vegaEmbed = vegaEmbed"  # what the page needs of it
 NEEDS = "fasfx.report draws with Vega-Lite, which vl-convert-python holds: pip install 'fasfx[report]'"
 
