@@ -12,9 +12,10 @@ from fasfx.errors import InputError
 from fasfx.passes import Clip, Substitute
 from fasfx.program import facts
 from fasfx.runner import Runner
+from fasfx.runtime.counting import Sent
 from fasfx.runtime.countings import AC, COUNTINGS, MAC, bits_of
 from fasfx.runtime.liveness import problems, require_alive
-from fasfx.runtime.operations import NEURON, QUANTITIES, Operations, Sent, upstream
+from fasfx.runtime.operations import NEURON, QUANTITIES, Operations, upstream
 
 if TYPE_CHECKING:
     import pandas

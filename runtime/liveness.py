@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fasfx.errors import LivenessError
-from fasfx.runtime.operations import Sent
+from fasfx.runtime.counting import Sent
 
 NEVER, ALWAYS, COPIES = "never fires", "always fires", "only copies"
 MOST = 5  # sites that an error names

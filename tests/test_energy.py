@@ -84,6 +84,37 @@ def test_what_is_left_in_float_costs_the_original_and_is_told() -> None:
 # --- where operations are ----------------------------------------------------------------------------------
 
 
+class Products:
+    """Multiply-accumulates of a model's linear layers, counted in its own forward pass."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.macs = 0
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._add)
+
+    def _add(self, layer: nn.Module, _: Any, output: Tensor) -> None:
+        self.macs += output.numel() * layer.in_features
+
+
+@pytest.mark.parametrize(
+    ("family", "schedule"), [("bert", "synchronous"), ("llama", "sequential"), ("t5", "sequential")]
+)
+def test_operations_are_those_of_the_shapes_that_ran(family: str, schedule: str) -> None:
+    """Not of the shapes it was captured with; spikes are those that the network reports itself."""
+    model, batch = tiny(family), tiny_inputs(family, batch_size=3, length=9)
+    snn = fasfx.convert(model, [tiny_inputs(family)], fasfx.SpikeConfig(timesteps=2, schedule=schedule))
+    found, sent = fasfx.energy(snn, [batch]).table, snn.count_spikes(**batch)
+    own = Products(model)
+    model(**batch)
+    assert found.macs[found.operator == "linear"].sum() == own.macs
+    sites = found[found.kind == "neuron"].set_index("node")
+    totals = sent.drop(columns="values").sum(axis=1) * sent["values"]
+    assert sites.spikes.to_dict() == pytest.approx(totals.to_dict())
+    functions = found[found.kind == "function"]
+    assert sorted(functions.spikes / functions.functions) == pytest.approx(sorted(snn.group_spikes(**batch).values()))
+
+
 def test_a_group_s_spikes_are_accumulates_of_its_function() -> None:
     x = torch.linspace(-3, 3, 40).reshape(5, 8)
     module = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
