@@ -31,7 +31,7 @@ def network() -> tuple[Any, fasfx.SpikingModel, list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def page(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    return fasfx.report(*network, path=path, timesteps=(1, 2), texts=TEXTS)
+    return fasfx.report(*network, path=path, timesteps=(1,), texts=TEXTS)
 
 
 def data(page: Path) -> Any:
@@ -174,3 +174,12 @@ def test_dark_and_light_change_the_ground(browser: Any) -> None:
     before = browser.execute_script(ground)
     browser.execute_script("document.querySelector('#theme').click()")
     assert browser.execute_script(ground) != before
+
+
+def test_it_prints_dark_on_white_whatever_the_screen(browser: Any) -> None:
+    ground = "return getComputedStyle(document.body).backgroundColor"
+    browser.execute_script("document.documentElement.dataset.theme = 'dark'")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert browser.execute_script(ground) == "rgb(255, 255, 255)"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen"})
+    assert browser.execute_script(ground) != "rgb(255, 255, 255)"

@@ -36,6 +36,7 @@ def report(
 
     In it: error against T, every site and neuron group, spikes and thresholds of a site, energy, coverage,
     configuration and versions. Spikes and histograms are of the first batch.
+    timesteps: of the error against T, the network's own beside them.
     texts: what the rows of the first batch say, to choose one by.
     Raises what fasfx.check raises, RuntimeUnavailableError without vl-convert-python, CheckpointError if the file
     cannot be written.
@@ -48,7 +49,7 @@ def report(
     if not target.parent.is_dir():
         raise CheckpointError(f"cannot write {target}: give a file in a folder that exists")
     held = [as_batch(model, batch) for batch in batches]
-    measured = check(model, snn, held, timesteps, progress)
+    measured = check(model, snn, held, sorted({*timesteps, snn.timesteps}), progress)
     spent = energy(snn, held)
     page = contents(model, snn, measured, spent)
     data = {**charts(measured, spent), "senders": senders(snn, held[0], texts)}

@@ -39,7 +39,8 @@ def error(measured: Equivalence) -> Spec:
         "height": 260,
         "mark": {"type": "line", "point": {"size": 60}, "tooltip": True},
         "encoding": {
-            "x": {"field": "T", "type": "ordinal", "title": tick, "axis": {"labelAngle": 0}},
+            "x": {"field": "T", "type": "quantitative", "title": tick, "axis": {"tickMinStep": 1, "format": "d"}}
+            | {"scale": {"zero": False}},
             "y": {"field": "value", "type": "quantitative", "scale": {"type": "log"}, "title": None},
             "color": _color("what", list(names.values()), [BLUE, ORANGE]),
             "strokeDash": {"field": "what", "scale": {"domain": list(names.values()), "range": [[1, 0], [6, 4]]}},
