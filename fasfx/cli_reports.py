@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fasfx.cli_parts import Checkpoint, Data, Model, evaluation, load
+from fasfx.cli_parts import NO_TOKENIZER, Checkpoint, Data, Model, evaluation, load
+from fasfx.errors import CalibrationError
 from fasfx.terminal import energies, progress, quiet, show
 
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if a site never fires, always fires or only copies.")]
@@ -18,10 +19,13 @@ def energy(out: Checkpoint, data: Data = None, strict: Strict = False) -> None:
     """Count what the spiking network OUT costs on texts, by three countings side by side, layer by layer."""
     with quiet():
         import fasfx
+        from fasfx.calibration import tokenizer_beside
         from fasfx.text_files import read_texts
 
         texts = read_texts(data) if data else None
         snn = fasfx.SpikingModel.from_pretrained(out)
+        if tokenizer_beside(str(out)) is None:
+            raise CalibrationError(f"{NO_TOKENIZER.format(out, 'texts')}, or call fasfx.energy(snn, batches)")
         found = fasfx.energy(snn, evaluation(snn, str(out), texts), strict=strict)
     energies(found)
 

@@ -200,6 +200,13 @@ def test_energy_prints_three_countings_and_every_layer(place: Path, converted: P
     assert f"products that spikes drive only: {found.headline:.2%} saved" in result.stdout
 
 
+def test_energy_without_a_tokenizer_says_what_to_do(converted: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    fasfx.SpikingModel.from_pretrained(converted).save_pretrained(bare)
+    result = run("energy", bare)
+    assert result.exit_code == 2 and "save the tokenizer there, or call fasfx.energy" in result.stderr
+
+
 def test_report_is_written_with_the_texts_to_choose_from(place: Path, converted: Path, tmp_path: Path) -> None:
     pytest.importorskip("vl_convert", reason="needs the extra report")
     html = tmp_path / "report.html"

@@ -12,6 +12,7 @@ from torch import nn
 from fasfx.calibration import as_batch
 from fasfx.equivalence import Progress, check
 from fasfx.errors import CheckpointError, RuntimeUnavailableError
+from fasfx.local_errors import LocalErrors
 from fasfx.model import SpikingModel
 from fasfx.runtime.energy import energy
 from fasfx.tools.report.charts import charts
@@ -51,8 +52,9 @@ def report(
     held = [as_batch(model, batch) for batch in batches]
     measured = check(model, snn, held, sorted({*timesteps, snn.timesteps}), progress)
     spent = energy(snn, held)
-    page = contents(model, snn, measured, spent)
-    data = {**charts(measured, spent), "senders": senders(snn, held[0], texts)}
+    exact = LocalErrors(snn)
+    page = contents(model, snn, exact.graph, measured, spent)
+    data = {**charts(measured, spent), "senders": senders(snn, exact, held[0], texts)}
     library = vl_convert.javascript_bundle(LIBRARY)
     html = _template().render(page=page, data=data, library=library, style=_read("page.css"), script=_read("page.js"))
     try:

@@ -10,12 +10,11 @@ from importlib.metadata import version
 from typing import Any
 
 from torch import nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fasfx import ops
 from fasfx.coverage import TABLE
 from fasfx.equivalence import Equivalence
-from fasfx.local_errors import spiking_program
 from fasfx.model import SpikingModel
 from fasfx.program import arg, source_line
 from fasfx.runtime.energy import EnergyReport
@@ -37,9 +36,11 @@ GROUP_COLUMNS = {
 }
 
 
-def contents(model: nn.Module, snn: SpikingModel, measured: Equivalence, spent: EnergyReport) -> dict[str, Any]:
-    """Everything the page's template reads."""
-    lines = _source_lines(snn)
+def contents(
+    model: nn.Module, snn: SpikingModel, graph: Graph, measured: Equivalence, spent: EnergyReport
+) -> dict[str, Any]:
+    """Everything the page's template reads. graph: of the network at SPIKING, groups in closed form."""
+    lines = _source_lines(graph)
     return {
         "title": f"{type(model).__name__}, spiking",
         "subtitle": f"{snn.spike_config.code} code, T = {snn.timesteps}, {snn.schedule} schedule",
@@ -127,10 +128,10 @@ def _cell(name: str, value: float, low: float, high: float) -> dict[str, Any]:
     return {"value": value, "text": text, "heat": round(1 - share if name == "snr_db" else share, 3)}
 
 
-def _source_lines(snn: SpikingModel) -> dict[str, str]:
+def _source_lines(graph: Graph) -> dict[str, str]:
     """Site or group -> the line of the model's code that made the value."""
     found = {}
-    for node in spiking_program(snn).graph.nodes:
+    for node in graph.nodes:
         if node.target is ops.fire.op:
             made = arg(node, 0)
             found[str(node.meta["site"])] = source_line(made if isinstance(made, Node) else node)

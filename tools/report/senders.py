@@ -18,10 +18,9 @@ ROWS, NEURONS, BINS = 4, 40, 24  # of a batch, of a row, of a histogram
 
 
 @torch.no_grad()
-def senders(snn: SpikingModel, batch: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+def senders(snn: SpikingModel, exact: LocalErrors, batch: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
     """rows: a label for each; code; sites: name -> spikes of every row, histograms of |value| and thresholds."""
     inputs = snn._inputs((), batch)
-    exact = LocalErrors(snn)
     exact.run(*inputs.values())
     rows = min(ROWS, min(len(value) for value in inputs.values() if value.dim()))
     found = {
