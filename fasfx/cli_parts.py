@@ -31,8 +31,8 @@ def load(source: str) -> Any:
     return model
 
 
-def evaluation(model: Any, source: str, texts: list[str] | None) -> list[dict[str, Any]]:
-    """Batches to measure on: of these texts, or else of the shipped sentences, or of random inputs."""
+def evaluation(model: Any, source: str, texts: list[str] | None, few: int | None = None) -> list[dict[str, Any]]:
+    """Batches to measure on: of these texts, else of the shipped sentences (the first few), else random inputs."""
     from fasfx.calibration import default_batches, sentences, text_batches, tokenizer_beside
 
     tokenizer = tokenizer_beside(source)
@@ -42,4 +42,4 @@ def evaluation(model: Any, source: str, texts: list[str] | None) -> list[dict[st
         return default_batches(model)
     if texts is None:
         say("note", "cyan", SAME_TEXT)
-    return text_batches(model, tokenizer, texts or sentences())
+    return text_batches(model, tokenizer, texts or sentences()[:few])

@@ -11,6 +11,7 @@ from fasfx.cli_parts import NO_TOKENIZER, Checkpoint, Data, Model, evaluation, l
 from fasfx.errors import CalibrationError
 from fasfx.terminal import energies, progress, quiet, show
 
+FEW = 16  # shipped sentences that a report without --data is about: it simulates every spike
 Strict = Annotated[bool, typer.Option("--strict", help="Fail if a site never fires, always fires or only copies.")]
 Html = Annotated[Path, typer.Option("-o", "--out", help="The HTML file to write.")]
 
@@ -40,7 +41,7 @@ def report(model: Model, out: Checkpoint, html: Html = Path("report.html"), data
         texts = read_texts(data) if data else None
         snn = fasfx.SpikingModel.from_pretrained(out)
         original = load(model)
-        batches = evaluation(original, model, texts)
+        batches = evaluation(original, model, texts, FEW)
         with progress() as told:
             fasfx.report(original, snn, batches, html, texts=texts or sentences(), progress=told)
     show(f"report in {html}")
