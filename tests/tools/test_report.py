@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import fasfx
-from fasfx.errors import CheckpointError, InputError
+from fasfx.errors import CheckpointError, InputError, RuntimeUnavailableError
 from fasfx.tools.bench.models import tiny, tiny_inputs
 from fasfx.tools.report.senders import NEURONS
 
@@ -83,6 +84,12 @@ def test_errors_name_what_to_do(network: Any, tmp_path: Path) -> None:
         fasfx.report(*network, path=tmp_path / "none" / "report.html", timesteps=(1,))
     with pytest.raises(InputError, match="empty"):
         fasfx.report(*network[:2], [], path=tmp_path / "report.html")
+
+
+def test_without_the_extra_it_names_the_pip_command(network: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'fasfx\[report\]'"):
+        fasfx.report(*network, path=tmp_path / "report.html")
 
 
 # --- in a browser --------------------------------------------------------------------------------------------
