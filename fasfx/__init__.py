@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from fasfx.objective import Objective
     from fasfx.quantizer import SpikeQuantizer
     from fasfx.registration import register_function
+    from fasfx.runtime.energy import EnergyReport, energy
+    from fasfx.tools.report import report
     from fasfx.training import ClippedModel, prepare
     from fasfx.tuning import tune
 
 __version__ = "0.1.0"
 __all__ = [
     "ClippedModel",
+    "EnergyReport",
     "Equivalence",
     "Objective",
     "SpikeConfig",
@@ -31,10 +34,12 @@ __all__ = [
     "SpikingModel",
     "check",
     "convert",
+    "energy",
     "errors",
     "passes",
     "prepare",
     "register_function",
+    "report",
     "runtime",
     "tools",
     "tune",
@@ -46,13 +51,16 @@ _HOMES = {
     "ClippedModel": "training",
     "Objective": "objective",
     "prepare": "training",
+    "EnergyReport": "runtime.energy",
     "Equivalence": "equivalence",
     "SpikeConfig": "config",
     "SpikeQuantizer": "quantizer",
     "SpikingModel": "model",
     "check": "equivalence",
     "convert": "conversion",
+    "energy": "runtime.energy",
     "register_function": "registration",
+    "report": "tools.report",
     "tune": "tuning",
 }
 

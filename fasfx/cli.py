@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from fasfx import cli_reports
+from fasfx.cli_parts import NO_TOKENIZER, TEXTS, Checkpoint, Data, Model, evaluation, load
 from fasfx.cli_passes import app as passes
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError, FasfxError
 from fasfx.terminal import contributions, equivalence, kernels, progress, quiet, say, show, silent, tuning, working
@@ -15,11 +17,6 @@ from fasfx.terminal import contributions, equivalence, kernels, progress, quiet,
 if TYPE_CHECKING:
     from fasfx.config import SpikeConfig
 
-NO_TOKENIZER = "{} has no tokenizer beside it, so {} cannot be read: save the tokenizer there"
-SAME_TEXT = (
-    "measured on the sentences that `fasfx convert` calibrates on when it is given no --calibration; "
-    "--data FILE measures on text of your own"
-)
 MOST = 5  # sites and groups that `check` names
 PRESETS = ("fas", "low_latency", "integer")
 
@@ -43,10 +40,8 @@ app = typer.Typer(
     help="Turn Hugging Face transformers into spiking neural networks.",
 )
 app.add_typer(passes, name="passes")
+cli_reports.register(app)
 
-TEXTS = ".txt with one text per line, .jsonl or .csv"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder, or its id on the hub.")]
-Checkpoint = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `fasfx convert` wrote.")]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Folder for the spiking network.")]
 Calibration = Annotated[Path | None, typer.Option(help=f"Texts to calibrate on: {TEXTS}.")]
 Timesteps = Annotated[int | None, typer.Option(help="T, spikes a neuron may send per value.")]
@@ -54,7 +49,6 @@ Preset = Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.
 Code = Annotated[str | None, typer.Option(help="Spike code: multi, radix, rate.")]
 Schedule = Annotated[str | None, typer.Option(help="sequential, or synchronous: all layers tick together.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail unless every multiply-accumulate is spike-driven.")]
-Data = Annotated[Path | None, typer.Option(help=f"Texts to measure on: {TEXTS}.")]
 Steps = Annotated[str, typer.Option(help="Values of T, separated by commas.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw error against T to this file.")]
 Tolerance = Annotated[float, typer.Option(help="Relative error whose latency is told.")]
@@ -114,7 +108,7 @@ def convert(
         config = _config(preset, {"timesteps": timesteps, "code": code, "schedule": schedule, "strict": strict or None})
         texts = read_texts(calibration) if calibration else None
         check_target(out)
-        original, tokenizer = _load(model), tokenizer_beside(model)
+        original, tokenizer = load(model), tokenizer_beside(model)
         if texts is not None and tokenizer is None:
             raise CalibrationError(NO_TOKENIZER.format(model, calibration))
         batches = text_batches(original, tokenizer, texts) if texts is not None else None
@@ -238,8 +232,8 @@ def check(
         texts = read_texts(data) if data else None
         snn = fasfx.SpikingModel.from_pretrained(out)
         snn.schedule = schedule or snn.schedule
-        original = _load(model)
-        batches = _evaluation(original, model, texts)
+        original = load(model)
+        batches = evaluation(original, model, texts)
         with progress() as report:
             found = fasfx.check(original, snn, batches, timesteps=steps, progress=report)
         equivalence(found.table, f"{model} and its spiking network, {snn.spike_config.code} code, {snn.schedule}")
@@ -304,29 +298,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(part for part in text.replace(" ", "").split(",") if part)
-
-
-def _load(source: str) -> Any:
-    from fasfx.folders import load_model
-
-    model, missing = load_model(source)
-    if missing:
-        say("warning", "yellow", f"{source} lacks weights, which are random now: {', '.join(missing[:5])}")
-    return model
-
-
-def _evaluation(model: Any, source: str, texts: list[str] | None) -> list[dict[str, Any]]:
-    """Batches to measure on."""
-    from fasfx.calibration import default_batches, sentences, text_batches, tokenizer_beside
-
-    tokenizer = tokenizer_beside(source)
-    if tokenizer is None:
-        if texts is not None:
-            raise CalibrationError(NO_TOKENIZER.format(source, "--data"))
-        return default_batches(model)
-    if texts is None:
-        say("note", "cyan", SAME_TEXT)
-    return text_batches(model, tokenizer, texts or sentences())
 
 
 def _latency(found: Any, tolerance: float) -> str:

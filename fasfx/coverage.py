@@ -138,7 +138,7 @@ class Coverage:
         return pandas.DataFrame([vars(row) for row in self.rows], columns=list(Row.__annotations__))
 
     def _repr_html_(self) -> str:
-        return str(self.table.to_html(index=False))
+        return f"<p>{self}</p>{self.table.to_html(index=False)}"
 
     def __str__(self) -> str:
         return (

@@ -102,7 +102,7 @@ class Equivalence:
         return figure
 
     def _repr_html_(self) -> str:
-        return str(self.table.to_html(index=False))
+        return f"{self.table.to_html(index=False)}{self.contributions.head().to_html(index=False)}"
 
     def __str__(self) -> str:
         return str(self.table.to_string(index=False))

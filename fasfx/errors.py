@@ -47,6 +47,10 @@ class CoverageError(FasfxError):
     """`strict=True` and some multiply-accumulate work is not driven by spikes."""
 
 
+class LivenessError(FasfxError):
+    """`strict=True` and a site never fires, always fires or only copies another."""
+
+
 class CheckpointError(FasfxError):
     """A checkpoint folder is missing, truncated, from a newer format, or cannot be written."""
 

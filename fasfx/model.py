@@ -240,6 +240,21 @@ class SpikingModel(nn.Module):
         sites = len(facts(self.ranged).sites)
         return f"SpikingModel({c.code}, T={c.timesteps}, {c.schedule}, {sites} sites, {self.coverage})"
 
+    def _repr_html_(self) -> str:
+        """For notebooks: what kind of network it is, and what is not spiking in it."""
+        import pandas
+
+        c, found = self.spike_config, self.coverage
+        rows = {
+            "code": f"{c.code}, T = {c.timesteps}, {c.schedule} schedule",
+            "sites": len(facts(self.ranged).sites),
+            "multiply-accumulates driven by spikes": f"{found.spike_driven_macs:.2%}",
+            "operators driven by spikes": f"{found.spike_driven_operators:.2%}",
+            "float operators": ", ".join(found.float_operators) or "none",
+            "ticks until the answer": self.latency_ticks[c.schedule],
+        }
+        return str(pandas.Series(rows).to_frame(type(self).__name__).to_html())
+
     # --- leaving the process -----------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -20,6 +20,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     import pandas
 
+    from fasfx.runtime.energy import EnergyReport
+
 Report = Callable[[str, int, int | None], None]
 LOUD = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "transformers")
 
@@ -169,3 +171,28 @@ def tuning(figures: pandas.DataFrame, title: str) -> None:
         ("site", "module", *("before" if name == "before" else f"after {name}" for name in stages)),
         [*rows, mean],
     )
+
+
+def energies(found: EnergyReport) -> None:
+    """Print fasfx.energy's countings, of every layer and of all together, and what is wrong with sites."""
+    names = [f"{one}_{which}" for one in found.totals["counting"] for which in ("original", "spiking")]
+    rows = [(row["module"], *(f"{row[name] / 1e6:.3f}" for name in names)) for _, row in found.layers.iterrows()]
+    table("Energy of every layer, uJ for all texts together", ("module", *(n.replace("_", ", ") for n in names)), rows)
+    totals = [
+        (
+            row.counting,
+            f"{row.original_pj / 1e6:.3f}",
+            f"{row.spiking_pj / 1e6:.3f}",
+            f"{row.saved:.2%}",
+            f"{row.not_spiking:.2%}",
+        )
+        for row in found.totals.itertuples()
+    ]
+    columns = ("counting", "original, uJ", "spiking, uJ", "saved", "of it not spiking")
+    table(f"T = {found.config.timesteps}, {found.spikes:.2f} spikes per value", columns, totals)
+    for row in found.totals.itertuples():
+        show(f"{row.counting}: original {row.original_formula}; spiking {row.spiking_formula}. {row.source}")
+    show(f"b = {found.bits}, the bits whose rounding error is that of one neuron")
+    show(f"by the rule of FAS's headline, of products that spikes drive only: {found.headline:.2%} saved")
+    for row in found.problems.itertuples():
+        say("warning", "yellow", f"{row.site} in {row.module or 'the model'} {row.problem} on these texts")

@@ -137,12 +137,16 @@ class GroupCounter(Interpreter):
     def run_node(self, n: Node) -> Any:
         """Note the spikes of a group, running it."""
         if n.target is ops.lookup.op:
-            given: Any = self.map_nodes_to_values(n.args, n)
-            x, table, spikes, function, _, low, high, *_ = given
-            cell, _, _ = ops.lookup.cell_of(x, table, function, low, high)
-            name = str(n.meta["group"])
-            self.spikes[name] = self.spikes.get(name, 0.0) + float(spikes[cell].double().mean())
+            name, sent = str(n.meta["group"]), sent_by_group(self.map_nodes_to_values(n.args, n))
+            self.spikes[name] = self.spikes.get(name, 0.0) + float(sent.double().mean())
         return super().run_node(n)
+
+
+def sent_by_group(given: Any) -> Tensor:
+    """Spikes that all neurons of a group together send for each value, for these arguments of `fasfx::lookup`."""
+    x, table, spikes, function, _, low, high, *_ = given
+    cell, _, _ = ops.lookup.cell_of(x, table, function, low, high)
+    return torch.as_tensor(spikes[cell])
 
 
 def group_train(snn: SpikingModel, name: str, inputs: list[Tensor]) -> Tensor:

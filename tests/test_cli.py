@@ -89,11 +89,11 @@ def test_help_is_quick_and_names_every_command() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    assert all(name in result.stdout for name in ("demo", "convert", "check", "export", "passes"))
+    assert all(name in result.stdout for name in ("demo", "convert", "check", "energy", "report", "export", "passes"))
     assert result.stderr.strip() == "False", "fasfx --help imports torch"
 
 
-@pytest.mark.parametrize("command", ["demo", "convert", "check", "export", "passes"])
+@pytest.mark.parametrize("command", ["demo", "convert", "check", "energy", "report", "export", "passes"])
 def test_every_command_explains_itself(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -187,6 +187,35 @@ def test_check_without_data_says_what_it_measures_on(place: Path, converted: Pat
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("note: measured on the sentences that `fasfx convert` calibrates on")
     assert "--data FILE" in result.stderr
+
+
+def test_energy_prints_three_countings_and_every_layer(place: Path, converted: Path) -> None:
+    result = process("energy", converted, "--data", place / "texts.jsonl")
+    assert result.returncode == 0, result.stderr
+    snn = fasfx.SpikingModel.from_pretrained(converted)
+    found = fasfx.energy(snn, text_batches(snn, AutoTokenizer.from_pretrained(converted), list(TEXTS)))
+    for row in found.totals.itertuples():
+        assert re.search(rf"{row.counting} .* {row.original_pj / 1e6:.3f} .* {row.saved:.2%}", result.stdout)
+    assert all(module in result.stdout for module in found.layers.module)
+    assert f"products that spikes drive only: {found.headline:.2%} saved" in result.stdout
+
+
+def test_energy_without_a_tokenizer_says_what_to_do(converted: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    fasfx.SpikingModel.from_pretrained(converted).save_pretrained(bare)
+    result = run("energy", bare)
+    assert result.exit_code == 2 and "save the tokenizer there, or call fasfx.energy" in result.stderr
+
+
+def test_report_is_written_with_the_texts_to_choose_from(place: Path, converted: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="needs the extra report")
+    html = tmp_path / "report.html"
+    result = run("report", place / "model", converted, "-o", html, "--data", place / "texts.jsonl")
+    assert result.exit_code == 0, result.output
+    page = html.read_text("utf-8")
+    assert f"report in {html}" in result.stdout and all(f">{text}</option>" in page for text in TEXTS)
+    result = run("report", place / "model", converted, "-o", tmp_path / "none" / "report.html")
+    assert result.exit_code == 2 and "folder that exists" in result.stderr
 
 
 def test_export_runs_in_onnx_runtime(place: Path, converted: Path, tmp_path: Path) -> None:

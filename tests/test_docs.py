@@ -31,6 +31,28 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names["spiking"] == names["deployed"]).all()
 
 
+def test_notebook_runs_and_shows_its_objects(tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "docs/tour.ipynb", as_version=4)
+    assert all(not cell.outputs for cell in notebook.cells if cell.cell_type == "code"), "outputs are not committed"
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = {
+        cell.source.splitlines()[-1]: output.data["text/html"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "text/html" in output.get("data", {})
+    }
+    expected = {
+        "snn": "driven by spikes",
+        "snn.coverage": "spike-driven",
+        "measured": "relative_l2",
+        "snn.ledger": "assume",
+        "spent": "headline",
+    }
+    assert all(word in shown[name] for name, word in expected.items())
+    assert (tmp_path / "report.html").stat().st_size > 500_000
+
+
 def test_readme_starts_with_two_self_contained_lines() -> None:
     block = re.search(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
     assert block is not None

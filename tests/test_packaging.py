@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAPPED = ("passes", "runtime", "tools")
 IMPORT_ALL = (
     "import fasfx, fasfx.data, fasfx.ops, fasfx.passes, fasfx.runtime, fasfx.tools, fasfx.tools.bench;"
+    "import fasfx.tools.report;"
     "print(fasfx.__file__, *fasfx.passes.__path__, sep='\\n')"
 )
 
@@ -29,7 +30,7 @@ def source_files() -> dict[str, bytes]:
         for folder, _, names in os.walk(ROOT / top):  # does not follow fasfx's three symlinks
             inside = Path(folder).relative_to(ROOT).as_posix()
             for name in names:
-                if name.endswith((".csv", ".py", ".txt", "py.typed")):
+                if name.endswith((".csv", ".py", ".txt", "py.typed", "page.html", "page.css", "page.js")):
                     key = f"{inside}/{name}" if top == "fasfx" else f"fasfx/{inside}/{name}"
                     files[key] = (Path(folder) / name).read_bytes()
     return files

@@ -12,45 +12,39 @@ def capacity(steps: int, levels: int) -> int:
 
 
 def spikes(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
-    """Thresholds 1/2, 3/2, 3, 6, ... part silence, 1, 2, 4, 8, ...: one comparison ladder per step.
+    """Thresholds 1/2, 3/2, 3, 6, ... part silence, 1, 2, 4, 8, ...: every step sends one of these of what is unsent.
 
     An event is +-(i + 1) with i the level, whose spike weighs theta * 2^-i, that is 2^(levels - 1 - i) counts.
     """
-    top = capacity(steps, levels)
-    u = working(u, top).clamp(-top if signed else 0, top)
-    ladder = torch.tensor([0.5] + [1.5 * 2.0**k for k in range(levels - 1)], dtype=u.dtype, device=u.device)
-    sent = torch.zeros_like(u)
-    events = []
+    unsent, events = _halves(u, capacity(steps, levels), signed).add_(0.5), []
     for _ in range(steps):
-        unsent = (u - sent).contiguous()
-        up = torch.bucketize(unsent, ladder, right=True)
-        down = torch.bucketize(-unsent, ladder)
-        rank = up + down  # 0 is silence, k sends 2^(k - 1) counts
-        sign = (up > 0).to(torch.int8) - (down > 0).to(torch.int8)
-        sent = sent + sign * torch.where(rank > 0, 2.0 ** (rank - 1), 0.0).to(u.dtype)
-        events.append(torch.where(rank > 0, levels + 1 - rank, 0).to(torch.int8) * sign)
+        spike = _nearest_power(unsent.clone())
+        unsent.sub_(spike)
+        events.append(event(spike.round_(), levels))  # to even: +-1/2, silence, becomes 0
     return torch.stack(events)
 
 
 def decode(events: Tensor, levels: int) -> Tensor:
     """The sum of the spikes' weights, int32."""
-    size = torch.where(events == 0, 0, 2 ** (levels - events.abs().to(torch.int32)))
-    return (size * events.sign()).sum(0, dtype=torch.int32)
+    wide = events.to(torch.int32)
+    return torch.bitwise_left_shift(wide.sign(), levels - wide.abs()).sum(0, dtype=torch.int32)
 
 
 def count(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
-    """The same spikes without a ladder.
-
-    Comparisons with the ladder only need the half of a count that u lies in, so u is replaced by the middle of
-    that half: r = floor(2u) + 1/2, in half counts, never a tie. r = +-1/2 means silence; it is sent here as +-1/2
-    and the last floor takes it away.
-    """
-    top = capacity(steps, levels)
-    halves = _wide(u, top).mul(2).clamp_(-2 * top if signed else 0, 2 * top).floor_()
+    """The sum of the same spikes; r = +-1/2, silence, is sent here as +-1/2, and the last floor takes it away."""
+    halves = _halves(u, capacity(steps, levels), signed)
     unsent, spike = halves.add(0.5), torch.empty_like(halves)
     for _ in range(steps):
         unsent.sub_(_nearest_power(spike.copy_(unsent)))
     return halves.sub_(unsent).mul_(0.5).add_(0.75).floor_().to(u.dtype)
+
+
+def _halves(u: Tensor, top: int, signed: bool) -> Tensor:
+    """floor(2u) within the range: r = floor(2u) + 1/2 half counts is never a tie, and decides as u does.
+
+    Comparisons with the thresholds only need the half of a count that u lies in, so its middle may stand for u.
+    """
+    return _wide(u, top).mul(2).clamp_(-2 * top if signed else 0, 2 * top).floor_()
 
 
 _BITS = {torch.float32: (torch.int32, 23), torch.float64: (torch.int64, 52)}  # dtype: same width, mantissa

@@ -9,7 +9,6 @@ from typing import Any
 
 import fasfx
 from fasfx.devices import device_of
-from fasfx.tools.bench.synops import energy
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
 from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tools.bench.trained import Kept, original, stage_one, tuned
@@ -97,7 +96,7 @@ def _at(
     calibrated = tuned(case.task, snn, ("layer", "neuron"), [of, ticks], 4 if quick else 20)
     layer = tuned(case.task, snn, ("layer",), [of, ticks], 4 if quick else 20).model
     errors = calibrated.model.tuning
-    cost = energy(calibrated.model, task.inputs(task.test[:32], device=device_of(calibrated.model))[0])
+    cost = fasfx.energy(calibrated.model, task.inputs(task.test[:32], device=device_of(calibrated.model))[:1])
     found = {
         "uncalibrated": task.measure(snn, rows),
         "after layer": task.measure(layer, rows),
@@ -109,8 +108,8 @@ def _at(
     found |= {f"alignment error, {stage}": float(errors[stage].mean()) for stage in ("before", "layer", "neuron")}
     return found | {
         "spikes per value": cost.spikes,
-        "energy, layers that spike": cost.spiking,
-        "energy, every product": cost.every,
+        "energy, layers that spike": 1 - cost.headline,
+        "energy, every product": 1 - float(cost.totals.saved[0]),
     }
 
 
