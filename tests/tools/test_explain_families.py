@@ -63,8 +63,10 @@ def explained(name: str, config: SpikeConfig) -> tuple[GraphModule, list[tools.E
     return final, tools.explain(given, *left) if left else []
 
 
-@pytest.mark.parametrize("name", [*TINY, *MORE])
-@pytest.mark.parametrize("which", CONFIGS)
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [("exact", name) for name in (*TINY, *MORE)] + [(w, n) for w in ("activation", "skip") for n in ("bert", "llama")],
+)
 def test_every_reason_is_the_true_one(name: str, which: str) -> None:
     config = CONFIGS[which]
     final, found = explained(name, config)
