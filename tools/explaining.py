@@ -44,7 +44,7 @@ class Explanation:
 def explain(subject: Subject, *where: str) -> list[Explanation]:
     """Operators by name, at whatever level they are there, or every operator in a module and below it.
 
-    Of a module: those that are not free (fasfx.coverage), and those that a rule declined.
+    Of a module: those that are not free (fasfx.coverage), and those that a rule applied to or declined.
     Raises InputError if there is neither such a node nor such a module.
     """
     stages = list(subject.stages())
@@ -57,7 +57,7 @@ def explain(subject: Subject, *where: str) -> list[Explanation]:
     last: dict[str, tuple[int, Node]] = {}
     for number, program in enumerate(programs):
         last |= {n.name: (number, n) for n in program.graph.nodes if n.op == "call_function"}
-    told = set(rows) | {d.node for d in facts(final).declined}
+    told = set(rows) | set(tried)
     names = dict.fromkeys(name for place in where for name in _named(place, last, told))
     return [_explanation(name, *last[name], stages, rows.get(name), tried.get(name, [])) for name in names]
 
