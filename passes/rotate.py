@@ -29,9 +29,11 @@ class Rotate(Pass):
 
     def rewrite(self, gm: GraphModule) -> bool:
         """True if anything was rotated. Nothing while a network is trained: its weights keep their meaning."""
-        if facts(gm).config.weights != "int8" or facts(gm).trainable:
+        config = facts(gm).config
+        if config.weights != "int8" or facts(gm).trainable:
             return False
-        streams, values, gated = find_streams(gm), find_values(gm), find_gated(gm)
+        streams, values = find_streams(gm), find_values(gm)
+        gated = find_gated(gm) if config.granularity is None else []  # asked for by name, thresholds alone must do
         facts(gm).declined += [one for one in (*streams, *values) if isinstance(one, Declined)]
         for stream in streams:
             if isinstance(stream, Stream):

@@ -47,8 +47,9 @@ def _merge(gm: GraphModule, layers: list[Any]) -> None:
     if neurons := _neurons(layers):
         merged, parts = insert(gm, first, neurons[0], ops.byte_count.op, merged, *neurons[0].args[1:]), neurons
     split = insert(gm, first, first, aten.split_with_sizes.default, merged, sizes, -1)
-    for place, part in enumerate(parts):
-        part.replace_all_uses_with(insert(gm, first, part, operator.getitem, split, place))
+    taken = [insert(gm, first, part, operator.getitem, split, place) for place, part in enumerate(parts)]
+    for part, new in zip(parts, taken, strict=True):
+        part.replace_all_uses_with(new)
         gm.graph.erase_node(part)
 
 

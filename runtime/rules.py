@@ -80,16 +80,28 @@ def _input(op: Any, u: Any, **_: Any) -> Any:
     return op.Identity(u)
 
 
+def _clipped_byte(op: Any, s: Any, low: Any, factor: Any, one: Any, zero: Any, top: Any) -> Any:
+    """Counts of exponentials as bytes."""
+    return op.Clip(op.QuantizeLinear(_exponential(op, s, low, factor), one, zero), zero, top)
+
+
+def _byte(op: Any, e: Any, factor: Any, zero: Any, **_: Any) -> Any:
+    """No clip, the factor as QuantizeLinear's scale. Exact up to float rounding of the current."""
+    return op.QuantizeLinear(e, _constant(op, 1 / factor.const_value.numpy()), zero)
+
+
 def _lifted_byte(op: Any, s: Any, low: Any, factor: Any, lift: Any, one: Any, zero: Any, top: Any) -> Any:
-    """Counts of exponentials as bytes, lifted by less than half a count."""
+    """The same, lifted by less than half a count."""
     return op.Clip(op.QuantizeLinear(op.Add(_exponential(op, s, low, factor), lift), one, zero), zero, top)
 
 
-def _quantized(op: Any, e: Any, factor: Any, lift: Any, zero: Any, **_: Any) -> Any:
-    """No clip, the factor as QuantizeLinear's scale. Exact up to float rounding of the current."""
-    unit = 1 / factor.const_value.numpy()
-    small, scale = (op.Constant(value=onnx_ir.tensor(t)) for t in (lift.const_value.numpy() * unit, unit))
-    return op.QuantizeLinear(op.Add(e, small), scale, zero)
+def _byte_of_lifted(op: Any, e: Any, factor: Any, lift: Any, zero: Any, **_: Any) -> Any:
+    small = _constant(op, lift.const_value.numpy() / factor.const_value.numpy())
+    return _byte(op, op.Add(e, small), factor, zero)
+
+
+def _constant(op: Any, value: Any) -> Any:
+    return op.Constant(value=onnx_ir.tensor(value))
 
 
 def _byte_of_row(op: Any, x: Any, least: Any, n: Any, one: Any, zero: Any, low: Any, top: Any) -> Any:
@@ -104,6 +116,16 @@ def _unclipped(op: Any, byte: Any, **_: Any) -> Any:
     return op.Identity(byte)
 
 
+def _times_reciprocal(op: Any, x: Any, square: Any) -> Any:
+    """x / sqrt(square) as torch's exporter writes it in norms."""
+    return op.Mul(x, op.Reciprocal(op.Sqrt(square)))
+
+
+def _over_root(op: Any, x: Any, square: Any) -> Any:
+    """One operator less, and what ONNX Runtime fuses into a norm. Exact up to float rounding."""
+    return op.Div(x, op.Sqrt(square))
+
+
 def _scaled_quotient(op: Any, x: Any, scale: Any, total: Any, unit: Any, least: Any) -> Any:
     """Deferred normalisation: what is mixed over the sum of its weights, both in counts."""
     return op.Div(op.Mul(x, scale), op.Max(op.Mul(total, unit), least))
@@ -112,7 +134,7 @@ def _scaled_quotient(op: Any, x: Any, scale: Any, total: Any, unit: Any, least: 
 def _quotient(op: Any, x: Any, scale: Any, total: Any, unit: Any, least: Any) -> Any:
     """The sum stays in counts. Exact up to float rounding."""
     by = unit.const_value.numpy()
-    outer, smallest = (op.Constant(value=onnx_ir.tensor(t.const_value.numpy() / by)) for t in (scale, least))
+    outer, smallest = (_constant(op, value.const_value.numpy() / by) for value in (scale, least))
     return op.Div(op.Mul(x, outer), op.Max(total, smallest))
 
 
@@ -130,9 +152,9 @@ def _is_bounded(context: Any, factor: Any, zero: Any, top: Any, half: Any = None
     return found is not None and rounds and found[1:] == [0.0, found[0]]
 
 
-def _is_lifted(context: Any, factor: Any, zero: Any, top: Any, lift: Any, one: Any, **_: Any) -> bool:
-    found = _numbers(lift, one)
-    return found is not None and found[1] == 1 and 0 <= found[0] < 0.5 and _is_bounded(context, factor, zero, top)
+def _is_byte(context: Any, factor: Any, zero: Any, top: Any, one: Any, lift: Any = None, **_: Any) -> bool:
+    known = _numbers(one) == [1] and _is_bounded(context, factor, zero, top)
+    return known and (lift is None or ((found := _numbers(lift)) is not None and 0 <= found[0] < 0.5))
 
 
 def _is_symmetric(context: Any, n: Any, one: Any, zero: Any, low: Any, top: Any, **_: Any) -> bool:
@@ -156,7 +178,9 @@ RULES = (
     pattern.RewriteRule(_gelu, _fusible_gelu, _is_half, name="gelu"),
     pattern.RewriteRule(_clipped_count, _count, _is_bounded, name="bounded_count", remove_nodes=False),
     pattern.RewriteRule(_clipped_input, _input, _is_bounded, name="bounded_input", remove_nodes=False),
-    pattern.RewriteRule(_lifted_byte, _quantized, _is_lifted, name="lifted_byte", remove_nodes=False),
+    pattern.RewriteRule(_clipped_byte, _byte, _is_byte, name="bounded_byte", remove_nodes=False),
+    pattern.RewriteRule(_lifted_byte, _byte_of_lifted, _is_byte, name="lifted_byte", remove_nodes=False),
     pattern.RewriteRule(_byte_of_row, _unclipped, _is_symmetric, name="byte_of_row", remove_nodes=False),
+    pattern.RewriteRule(_times_reciprocal, _over_root, name="root"),
     pattern.RewriteRule(_scaled_quotient, _quotient, _is_constant, name="quotient"),
 )
