@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = 2  # 1 had no learned thresholds
 SETTINGS, GRAPH, WEIGHTS = "spike_config.json", "graph.txt", "model.safetensors"
 _RANGES = "fasfx.sites"
+_PLAIN = ("name", "module", "channel", "signed", "fixed", "population", "dynamic", "lift")
 _OF_SITES = ("peak", "tail", "theta", "tuned", "initial")  # tensors that a site holds
 
 
@@ -154,7 +155,7 @@ def _unique(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _site_to_json(site: Site) -> dict[str, Any]:
-    return {k: getattr(site, k) for k in ("name", "module", "channel", "signed", "fixed", "population", "dynamic")}
+    return {key: getattr(site, key) for key in _PLAIN}
 
 
 def _site_from_json(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Site:

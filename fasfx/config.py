@@ -42,7 +42,8 @@ class SpikeConfig:
     margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, timesteps / 6 (at least 1) for radix,
                  whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
-                 not fold). None: "tensor" for multi, "channel" else.
+                 not fold). None: "tensor" for multi, "channel" else; with int8 weights one per tensor for what only
+                 linear layers read, one per row for gated values.
     group_size:  neurons of every group, more where T steps of the code need narrower ones; None: for each function
                  the fewest (a power of two) that are exact enough at this T.
     skip:        regular expressions (re.search) on module paths whose operators stay as they are.

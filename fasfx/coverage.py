@@ -63,6 +63,7 @@ FREE: dict[str, frozenset[Any]] = {
             aten.cumsum.default,
             aten.avg_pool2d.default,
             aten.adaptive_avg_pool2d.default,
+            ops.hadamard.op,
         }
     ),
     "compares: a rectifier, or a group whose winner silences the others": frozenset(

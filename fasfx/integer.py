@@ -23,6 +23,13 @@ aten = torch.ops.aten
 ROUNDED = Bound(sympy.Symbol("step", positive=True) / 2, "error of one weight; step: its output channel's")
 
 
+def evens_channels(gm: GraphModule) -> bool:
+    """Whether channels are evened out for int8 weights. Not in training: weights keep their meaning there."""
+    config = facts(gm).config
+    asked = config.weights == "int8" and config.granularity in (None, "tensor") and config.coverage == "matmul"
+    return asked and config.activation != "replace" and not facts(gm).trainable
+
+
 def scale_rows_after(gm: GraphModule) -> None:
     """(n * row scale) @ W' + bias  ->  (n @ W') * row scale + bias: the counts themselves meet the weights."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):

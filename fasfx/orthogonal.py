@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fasfx.ops.hadamard import sylvester
+
 
 def rotation(size: int) -> Tensor:
     """[size, size] in float64: a Hadamard matrix, its rows with random signs; sizes that are no power of two times
@@ -16,15 +18,7 @@ def rotation(size: int) -> Tensor:
     """
     power = size & -size
     signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return signs * torch.kron(hadamard(power), cosines(size // power).contiguous())
-
-
-def hadamard(size: int) -> Tensor:
-    """Sylvester's, for a power of two, orthonormal."""
-    found = torch.ones(1, 1, dtype=torch.float64)
-    for _ in range(size.bit_length() - 1):
-        found = torch.kron(found, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2))
-    return found
+    return signs * torch.kron(sylvester(power) / math.sqrt(power), cosines(size // power).contiguous())
 
 
 def cosines(size: int) -> Tensor:

@@ -33,8 +33,9 @@ class Site:
     signed:  whether the value can be negative (from the operator that made it, not from data).
     peak:    largest |value| seen in calibration, shape of the channel dims ([] until observed).
     tail:    99.9th percentile of |value|, largest over the batches; same shape.
-    rms:     root of the mean square seen in calibration, same shape, of a dynamic one's over its row's largest |value|;
-             only where weights are to be int8, until smooth has used it.
+    moment:  mean of x x' over the rows x seen in calibration, for blocks of adjacent channels [K, D / K, D / K]; of a
+             dynamic one's over its row's largest |value|; only where weights are to be int8, until round has used it.
+    lift:    what is added to the spike count before it is rounded, so that on average the rounded sum is the sum.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
     population: neurons per value, each with T spikes; 2 where it meets another value element by element.
     dynamic: whether the threshold is each row's own, its largest |value| (granularity "token"; gated values, where
@@ -53,10 +54,17 @@ class Site:
     dynamic: bool = False
     peak: Tensor | None = None
     tail: Tensor | None = None
-    rms: Tensor | None = None
+    moment: Tensor | None = None
+    lift: float = 0.0
     theta: Tensor | None = None
     tuned: Tensor | None = None
     initial: Tensor | None = None
+
+    @property
+    def rms(self) -> Tensor:
+        """Root of the mean square of every channel, [D], from the moment."""
+        assert self.moment is not None
+        return self.moment.diagonal(dim1=-2, dim2=-1).flatten().sqrt()
 
 
 @dataclass(frozen=True)

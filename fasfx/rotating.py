@@ -1,4 +1,4 @@
-"""Writes a rotation into the weights around residual streams and attention's values."""
+"""Writes a rotation into the weights around residual streams and attention's values; gated values turn at run time."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fasfx import ops
 from fasfx.heads import Values
+from fasfx.ops.hadamard import sylvester
 from fasfx.orthogonal import rotation, without_mean
-from fasfx.program import add_tensor, arg, arguments, fake, insert
+from fasfx.program import add_tensor, arg, arguments, constants, fake, insert
 from fasfx.scales import Scaler
-from fasfx.streams import Stream
-from fasfx.synapses import CONVOLUTIONS
+from fasfx.streams import Stream, is_layer, width_of
+from fasfx.synapses import CONVOLUTIONS, carried_values, is_gated
 
 aten = torch.ops.aten
+BLOCK = 64  # channels that are mixed at run time, at most
 
 
 def rotate_stream(gm: GraphModule, stream: Stream) -> None:
@@ -98,3 +101,21 @@ def rotate_values(gm: GraphModule, values: Values) -> None:
     weights.change(values.maker, 1, lambda w: (q.T @ w.unflatten(0, (-1, values.size))).flatten(0, 1))
     weights.change(values.maker, 2, lambda b: (b.unflatten(0, (-1, values.size)) @ q).flatten())
     weights.change(values.reader, 1, lambda w: (w.unflatten(1, (-1, values.size)) @ q).flatten(1))
+
+
+def find_gated(gm: GraphModule) -> list[Node]:
+    """Every product of two values that linear layers alone read."""
+    fixed, values = constants(gm), carried_values(gm)
+    gated = [node for node in gm.graph.nodes if node in values and is_gated(node, values)]
+    return [node for node in gated if node.users and all(is_layer(user, node, fixed) for user in node.users)]
+
+
+def rotate_gated(gm: GraphModule, value: Node) -> None:
+    """x W' -> hadamard(x) (W H / size)': in blocks of channels, for nothing before a product can be rotated."""
+    width, weights = width_of(value), Weights(gm)
+    size = min(BLOCK, width & -width)
+    layers = list(value.users)
+    mixed = insert(gm, value.next, value, ops.hadamard.op, value, size)
+    for layer in layers:
+        layer.replace_input_with(value, mixed)
+        weights.change(layer, 1, lambda w: (w.unflatten(1, (-1, size)) @ sylvester(size).to(w) / size).flatten(1))

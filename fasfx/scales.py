@@ -20,7 +20,7 @@ from fasfx.program import add_tensor, arg, attribute, constants, fake
 from fasfx.synapses import VIEWS
 
 aten = torch.ops.aten
-_THROUGH_ANY = {  # data movement: one common factor passes
+_THROUGH_ANY = {  # data movement and sums: one common factor passes
     aten.expand.default,
     aten.unsqueeze.default,
     aten.squeeze.dim,
@@ -28,6 +28,7 @@ _THROUGH_ANY = {  # data movement: one common factor passes
     aten.select.int,
     aten.repeat.default,
     aten.repeat_interleave.self_int,
+    ops.hadamard.op,
 }
 _THROUGH_ALL = {  # element by element, positively homogeneous: any positive scale passes
     aten.contiguous.default,

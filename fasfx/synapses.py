@@ -152,7 +152,9 @@ def _is_per_row(node: Node) -> bool:
 
 
 def is_gated(node: Node, values: set[Node]) -> bool:
-    """Whether a value is the product of two values, as behind a gate."""
+    """Whether a value is the product of two values, as behind a gate, its channels perhaps mixed."""
+    if node.target is ops.hadamard.op:
+        node = node.args[0]  # type: ignore[assignment]
     return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
 
 

@@ -11,10 +11,11 @@ from fasfx.passes.lower import Lower
 from fasfx.passes.normalise import Normalise
 from fasfx.passes.observe import Observe
 from fasfx.passes.rotate import Rotate
+from fasfx.passes.round import Round
 from fasfx.passes.smooth import Smooth
 from fasfx.passes.substitute import Substitute
 from fasfx.runner import Pass
 
-PIPELINE: tuple[type[Pass], ...] = (Normalise, Rotate, Observe, Smooth, Clip, Substitute, Fold, Lower)
+PIPELINE: tuple[type[Pass], ...] = (Normalise, Rotate, Observe, Smooth, Round, Clip, Substitute, Fold, Lower)
 
-__all__ = ["PIPELINE", "Clip", "Fold", "Lower", "Normalise", "Observe", "Rotate", "Smooth", "Substitute"]
+__all__ = ["PIPELINE", "Clip", "Fold", "Lower", "Normalise", "Observe", "Rotate", "Round", "Smooth", "Substitute"]

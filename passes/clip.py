@@ -55,6 +55,8 @@ class Clip(Pass):
                 top = float(theta[site.name].max())
             neuron = config.neuron(site.population)
             initial = [] if site.initial is None else [site.initial]
+            if site.lift and not initial:
+                initial = [site.lift * theta[site.name] / code.capacity(neuron[1], config.levels)]
             tuned = [add_tensor(gm, f"initial_{site.name}", v, before, trainable=True) for v in initial]
             clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *neuron, site.signed, *tuned)
             clipped.meta["site"] = site.name
@@ -63,11 +65,12 @@ class Clip(Pass):
                 user.replace_input_with(value, clipped)
             if value in replaced:
                 replaced[value].replace_all_uses_with(arg(replaced[value], 0))
+            wider = 1 + 2 * site.lift if site.lift else 1  # half a count, and the lift
             bound = Bound(
-                code.bound.subs(ops.codes.T, site.population * ops.codes.T),
+                wider * code.bound.subs(ops.codes.T, site.population * ops.codes.T),
                 "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"),
             )
-            value_at = code.error_bound(top, neuron[1], config.levels) if top else None
+            value_at = wider * code.error_bound(top, neuron[1], config.levels) if top else None
             facts(gm).ledger.add(Entry(self.name, f"{config.code}_neuron", value.name, site.module, bound, value_at))
         return bool(facts(gm).sites)
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fasfx.errors import CalibrationError, ConfigError
+from fasfx.feedback import block_of
+from fasfx.integer import evens_channels
 from fasfx.levels import is_skipped, spiking_operands
 from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
@@ -31,7 +33,7 @@ from fasfx.synapses import (
 
 aten = torch.ops.aten
 TAIL = 0.999  # threshold="percentile" takes this quantile of |value|
-MAX_TAIL_SAMPLES = 2**20  # per batch and channel row
+MAX_SAMPLES = 2**20  # per batch and channel row, of a site whose values are sorted
 
 
 class Observe(Pass):
@@ -63,8 +65,7 @@ class Observe(Pass):
             done += 1
             if self._on_batch:
                 self._on_batch(done)
-        for site in facts(gm).sites.values():
-            site.rms = None if site.rms is None else (site.rms / max(done, 1)).sqrt()
+        watcher.finish()
         if not done:
             raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
         return False
@@ -112,6 +113,14 @@ def _gates_per_row(gm: GraphModule) -> bool:
     return asked and not facts(gm).trainable
 
 
+def _largest_byte(gm: GraphModule) -> int:
+    """N of a radix neuron whose count is to be a byte; 0 for others, and while a network is trained."""
+    config = facts(gm).config
+    if config.weights != "int8" or config.code != "radix" or facts(gm).trainable:
+        return 0
+    return CODES[config.code].capacity(config.timesteps, config.levels)
+
+
 def replaced_activations(gm: GraphModule) -> dict[Node, Node]:
     """activation="replace": what an activation function gives -> the operator whose place QCFS takes."""
     return _sent_activations(gm) if facts(gm).config.activation == "replace" else {}
@@ -157,7 +166,10 @@ class _Watcher(Interpreter):
         self._sites, self.batch = facts(gm).sites, 0
         self._ranges = facts(gm).ranges
         self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
-        self._squares = facts(gm).config.weights == "int8"
+        self._moments = evens_channels(gm)
+        self._rows: dict[str, int] = {}  # of a site with a moment: how many rows it is the sum of
+        self._top = _largest_byte(gm)
+        self._lifts: dict[str, list[float]] = {}
         self._tails = facts(gm).config.threshold == "percentile"
 
     def run_node(self, n: Node) -> Any:
@@ -181,16 +193,34 @@ class _Watcher(Interpreter):
         peak = peak.reshape(peak.shape[peak.dim() - depth :])
         _require_finite(peak, node, self.batch)
         site.peak = peak if site.peak is None else torch.maximum(site.peak, peak)
-        if self._squares:
-            if site.dynamic:  # what a row's own threshold sees: its values over the largest of them
-                value = value / value.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny)
-            others = [d for d in range(-value.dim(), 0) if d not in site.channel]
-            wide = value.float() if value.dtype.itemsize < 4 else value
-            square = (wide.square().mean(others) if others else wide.square()).reshape(peak.shape)
-            site.rms = square if site.rms is None else site.rms + square
+        if self._moments and site.channel == (-1,):
+            self._add_moment(site, value)
+        if self._top and site.fixed is not None:
+            self._lifts.setdefault(site.name, []).append(lift_of(value * (self._top / site.fixed)))
         if self._tails:
             tail = _tail(value, site.channel).reshape(peak.shape)
             site.tail = tail if site.tail is None else torch.maximum(site.tail, tail)
+
+    def _add_moment(self, site: Site, value: Tensor) -> None:
+        """Sum x x' over the rows, in blocks of channels; of a row with a threshold of its own, as a share of that."""
+        rows = (value.float() if value.dtype.itemsize < 4 else value).flatten(0, -2)
+        if site.dynamic:
+            rows = rows / rows.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        blocks = rows.unflatten(-1, (-1, block_of(rows.shape[-1]))).transpose(0, 1)
+        moment = blocks.mT @ blocks
+        site.moment = moment if site.moment is None else site.moment.add_(moment)
+        self._rows[site.name] = self._rows.get(site.name, 0) + len(rows)
+
+    def finish(self) -> None:
+        """From sums to means. What two channels have in common is trusted as far as there are rows that show it."""
+        for name, rows in self._rows.items():
+            moment = self._sites[name].moment
+            assert moment is not None
+            own = moment.diagonal(dim1=-2, dim2=-1)
+            trust = rows / (rows + moment.shape[-1])
+            self._sites[name].moment = (trust * moment + (1 - trust) * torch.diag_embed(own)) / rows
+        for name, lifts in self._lifts.items():
+            self._sites[name].lift = sum(lifts) / len(lifts)
 
 
 def _require_finite(value: Tensor, node: Node, batch: int) -> None:
@@ -201,12 +231,24 @@ def _require_finite(value: Tensor, node: Node, batch: int) -> None:
         )
 
 
+def lift_of(u: Tensor) -> float:
+    """What must be added to currents u, in spike counts, for their rounded sum to be the sum of u; 0 to 1 / 2.
+
+    Most exponentials are below half a spike: rounded as they are, attention loses what they hold together.
+    """
+    u = u.flatten()[:: max(1, u.numel() // MAX_SAMPLES)]
+    rest = u - u.round()
+    short = rest[rest > 0]
+    lost = min(int(rest.sum()), short.numel())
+    return 0.5 - float(short.kthvalue(short.numel() + 1 - lost).values) if lost > 0 else 0.0
+
+
 def _tail(value: Tensor, channel: tuple[int, ...]) -> Tensor:
     """The TAIL quantile of |value| per channel; on an even subsample where there are very many values."""
     kept = [d % value.dim() for d in channel]
     rest = [d for d in range(value.dim()) if d not in kept]
     rows = value.abs().permute(*sorted(kept), *rest).reshape(*[value.shape[d] for d in sorted(kept)], -1)
-    stride = max(1, rows.shape[-1] // MAX_TAIL_SAMPLES)
+    stride = max(1, rows.shape[-1] // MAX_SAMPLES)
     rows = rows[..., ::stride]
     rank = max(1, round(TAIL * rows.shape[-1]))
     return torch.kthvalue(rows, rank, dim=-1).values

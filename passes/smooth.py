@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fasfx import ops
 from fasfx.applying import may_apply
-from fasfx.integer import step
+from fasfx.integer import evens_channels, step
 from fasfx.ops.byte_count import pair_limit
 from fasfx.passes.clip import floored
 from fasfx.program import Site, arg, decline, facts, insert
@@ -41,9 +41,7 @@ class Smooth(Pass):
 
     def rewrite(self, gm: GraphModule) -> bool:
         """True if any channel was scaled. Nothing while a network is trained: its weights keep their meaning."""
-        config = facts(gm).config
-        asked = config.weights == "int8" and config.granularity is None and config.coverage == "matmul"
-        if not asked or config.activation == "replace" or facts(gm).trainable:
+        if not evens_channels(gm):
             return False
         nodes, scaler = {node.name: node for node in gm.graph.nodes}, Scaler(gm)
         readers: dict[Node, list[Node]] = {}
@@ -55,15 +53,25 @@ class Smooth(Pass):
             value = nodes[site.name]
             layers = readers[value]
             fits = site.channel == (-1,) and all(_is_layer(scaler, node) for node in layers)
-            if fits and may_apply(self.name, "smooth_into_maker", value):
+            if fits and value.target is ops.hadamard.op:  # whose channels are even
+                site = _evened(site, value.name, torch.ones_like(site.rms))
+            elif fits and may_apply(self.name, "smooth_into_maker", value):
                 scale = _scale(gm, scaler, site, layers)
                 value = smooth_into_maker(gm, scaler, value, layers, scale.to(site.peak))
-                peak = (_range(site) / scale).amax().to(site.peak)
-                tail = None if site.tail is None else (site.tail / scale).amax().to(site.tail)
-                site = dataclasses.replace(site, name=value.name, channel=(), peak=peak, tail=tail)
-            new[site.name] = dataclasses.replace(site, rms=None)
+                site = _evened(site, value.name, scale)
+            new[site.name] = site
         facts(gm).sites = new
         return bool(new)
+
+
+def _evened(site: Site, name: str, scale: Tensor) -> Site:
+    """A site whose channels are divided by a scale [D], and now have one threshold."""
+    assert site.peak is not None and site.moment is not None
+    peak = (_range(site) / scale).amax().to(site.peak)
+    tail = None if site.tail is None else (site.tail / scale).amax().to(site.tail)
+    blocks = scale.view(*site.moment.shape[:2], 1)
+    moment = site.moment / (blocks * blocks.mT)
+    return dataclasses.replace(site, name=name, channel=(), peak=peak, tail=tail, moment=moment)
 
 
 def _is_layer(scaler: Scaler, node: Node) -> bool:
@@ -72,7 +80,6 @@ def _is_layer(scaler: Scaler, node: Node) -> bool:
 
 def _scale(gm: GraphModule, scaler: Scaler, site: Site, readers: list[Node]) -> Tensor:
     """s [D] of the exponent whose products are predicted to be the most exact; 1 on average."""
-    assert site.rms is not None
     weights = torch.cat([scaler.value_of(arg(node, 1)).to(site.rms.dtype) for node in readers])
     value, weight = _positive(_range(site)), _positive(weights.abs().amax(0))
     scales = []
@@ -89,7 +96,6 @@ def predicted_error(weights: Tensor, scale: Tensor, site: Site, neuron: tuple[st
     Rounding errors are taken to be independent and even. A threshold of a row's own is taken to be three times the
     root mean square of its strongest channel.
     """
-    assert site.rms is not None
     seen = 3 * site.rms if site.dynamic else _range(site)
     code, steps, levels = neuron
     unit = (seen / scale).amax() / ops.CODES[code].capacity(steps, levels)
@@ -101,7 +107,7 @@ def predicted_error(weights: Tensor, scale: Tensor, site: Site, neuron: tuple[st
 
 def _range(site: Site) -> Tensor:
     """What every channel is expected to reach, [D]; for a row's own threshold, as a share of its row's largest."""
-    assert site.rms is not None and site.peak is not None
+    assert site.peak is not None
     return site.rms if site.dynamic else floored(site.peak.to(site.rms.dtype), product=False)
 
 

@@ -1,4 +1,4 @@
-"""Layers that read the same bytes become one before an export: fewer, larger products and neurons."""
+"""Layers that read the same bytes become one before an export: fewer, larger products."""
 
 from __future__ import annotations
 
@@ -6,53 +6,63 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
 from fasfx.program import add_tensor, attribute, copy_program, insert
 from fasfx.runner import tidy
+from fasfx.synapses import is_byte
 
 aten = torch.ops.aten
 
 
 def merge_layers(gm: GraphModule) -> GraphModule:
-    """A copy in which linear layers of the same bytes, whose output only neurons of one kind read, are one layer.
+    """A copy in which linear layers of the same bytes are one layer, whose output is split.
 
-    Its neurons' bytes are split (queries, keys and values of an attention layer). Exact.
+    Queries, keys and values; a gate and what it lets through. What is split are bytes where neurons of one kind read
+    every part. Exact.
     """
     new = copy_program(gm)
     groups: dict[tuple[Any, ...], list[Node]] = {}
-    for node in new.graph.find_nodes(op="call_function", target=ops.byte_count.op):
-        layer: Any = node.args[0]
-        if layer.target is ops.integer_linear.op and len(layer.users) == 1:
-            groups.setdefault((layer.args[0], layer.args[4], *node.args[1:]), []).append(node)
-    for neurons in groups.values():
-        if len(neurons) > 1:
-            _merge(new, neurons)
+    for layer in new.graph.find_nodes(op="call_function", target=ops.integer_linear.op):
+        if is_byte(layer.args[0]):
+            groups.setdefault((layer.args[0], layer.args[4]), []).append(layer)
+    for layers in groups.values():
+        if len(layers) > 1:
+            _merge(new, layers)
     tidy(new)
     return new
 
 
-def _merge(gm: GraphModule, neurons: list[Node]) -> None:
-    layers: list[Any] = [neuron.args[0] for neuron in neurons]
+def _merge(gm: GraphModule, layers: list[Any]) -> None:
     counts, *_, zero = layers[0].args
-    weights, scales = ([attribute(gm, layer.args[at].target) for layer in layers] for at in (1, 2))
-    biases = [
-        torch.zeros_like(scale) if layer.args[3] is None else attribute(gm, layer.args[3].target)
-        for layer, scale in zip(layers, scales, strict=True)
-    ]
-    first = counts.next
-    stored = (torch.cat(found, -1) for found in (weights, scales, biases))
-    merged = insert(gm, first, layers[0], ops.integer_linear.op, counts, *_stored(gm, stored, first), zero)
-    byte = insert(gm, first, neurons[0], ops.byte_count.op, merged, *neurons[0].args[1:])
-    sizes = [scale.shape[0] for scale in scales]
-    parts = insert(gm, first, neurons[0], aten.split_with_sizes.default, byte, sizes, -1)
-    for at, neuron in enumerate(neurons):
-        neuron.replace_all_uses_with(insert(gm, first, neuron, operator.getitem, parts, at))
-        gm.graph.erase_node(neuron)
+    weights, scales = (torch.cat([attribute(gm, layer.args[at].target) for layer in layers], -1) for at in (1, 2))
+    sizes = [layer.meta["val"].shape[-1] for layer in layers]
+    stored = {"int8": weights, "scale": scales, "bias": _biases(gm, layers, sizes, scales)}
+    first = layers[0]
+    at = [None if t is None else add_tensor(gm, f"merged_{name}", t, first) for name, t in stored.items()]
+    merged = insert(gm, first, first, ops.integer_linear.op, counts, *at, zero)
+    parts = layers
+    if neurons := _neurons(layers):
+        merged, parts = insert(gm, first, neurons[0], ops.byte_count.op, merged, *neurons[0].args[1:]), neurons
+    split = insert(gm, first, first, aten.split_with_sizes.default, merged, sizes, -1)
+    taken = [insert(gm, first, part, operator.getitem, split, place) for place, part in enumerate(parts)]
+    for part, new in zip(parts, taken, strict=True):
+        part.replace_all_uses_with(new)
+        gm.graph.erase_node(part)
 
 
-def _stored(gm: GraphModule, tensors: Any, before: Node) -> list[Node]:
-    return [
-        add_tensor(gm, f"merged_{name}", t, before) for name, t in zip(("int8", "scale", "bias"), tensors, strict=True)
-    ]
+def _neurons(layers: list[Any]) -> list[Node]:
+    """The neurons of one kind that alone read the layers, one each; else none."""
+    readers = [[*layer.users] for layer in layers]
+    found = [only for only, *others in readers if not others and only.target is ops.byte_count.op]
+    return found if len(found) == len(layers) and len({tuple(neuron.args[1:]) for neuron in found}) == 1 else []
+
+
+def _biases(gm: GraphModule, layers: list[Any], sizes: list[int], like: Tensor) -> Tensor | None:
+    """The biases side by side, zeros where a layer has none; None if none has one."""
+    found = [None if layer.args[3] is None else attribute(gm, layer.args[3].target) for layer in layers]
+    if not any(bias is not None for bias in found):
+        return None
+    return torch.cat([like.new_zeros(n) if bias is None else bias for n, bias in zip(sizes, found, strict=True)])

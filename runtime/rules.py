@@ -56,7 +56,7 @@ def _is_half(context: Any, half: Any, **_: Any) -> bool:
 def _exponential(op: Any, s: Any, low: Any, factor: Any) -> Any:
     """factor * exp(s - max s): not negative, at most the factor."""
     peak = op.Clip(op.ReduceMax(s, _allow_other_inputs=True, _allow_other_attributes=True), low, _outputs=["peak"])
-    return op.Mul(op.Exp(op.Sub(s, peak)), factor, _outputs=["u"])
+    return op.Mul(op.Exp(op.Sub(s, peak), _outputs=["e"]), factor, _outputs=["u"])
 
 
 def _clipped_count(op: Any, s: Any, low: Any, factor: Any, half: Any, zero: Any, top: Any) -> Any:
@@ -80,13 +80,91 @@ def _input(op: Any, u: Any, **_: Any) -> Any:
     return op.Identity(u)
 
 
+def _clipped_byte(op: Any, s: Any, low: Any, factor: Any, one: Any, zero: Any, top: Any) -> Any:
+    """Counts of exponentials as bytes."""
+    return op.Clip(op.QuantizeLinear(_exponential(op, s, low, factor), one, zero), zero, top)
+
+
+def _byte(op: Any, e: Any, factor: Any, zero: Any, **_: Any) -> Any:
+    """No clip, the factor as QuantizeLinear's scale. Exact up to float rounding of the current."""
+    return op.QuantizeLinear(e, _constant(op, 1 / factor.const_value.numpy()), zero)
+
+
+def _lifted_byte(op: Any, s: Any, low: Any, factor: Any, lift: Any, one: Any, zero: Any, top: Any) -> Any:
+    """The same, lifted by less than half a count."""
+    return op.Clip(op.QuantizeLinear(op.Add(_exponential(op, s, low, factor), lift), one, zero), zero, top)
+
+
+def _byte_of_lifted(op: Any, e: Any, factor: Any, lift: Any, zero: Any, **_: Any) -> Any:
+    small = _constant(op, lift.const_value.numpy() / factor.const_value.numpy())
+    return _byte(op, op.Add(e, small), factor, zero)
+
+
+def _constant(op: Any, value: Any) -> Any:
+    return op.Constant(value=onnx_ir.tensor(value))
+
+
+def _byte_of_row(op: Any, x: Any, least: Any, n: Any, one: Any, zero: Any, low: Any, top: Any) -> Any:
+    """Counts, as bytes, of values over the largest of their row."""
+    largest = op.Clip(op.ReduceMax(op.Abs(x), _allow_other_inputs=True, _allow_other_attributes=True), least)
+    byte = op.QuantizeLinear(op.Div(x, op.Div(largest, n)), one, zero, _outputs=["byte"])
+    return op.Clip(byte, low, top)
+
+
+def _unclipped(op: Any, byte: Any, **_: Any) -> Any:
+    """No clip. Exact."""
+    return op.Identity(byte)
+
+
+def _times_reciprocal(op: Any, x: Any, square: Any) -> Any:
+    """x / sqrt(square) as torch's exporter writes it in norms."""
+    return op.Mul(x, op.Reciprocal(op.Sqrt(square)))
+
+
+def _over_root(op: Any, x: Any, square: Any) -> Any:
+    """One operator less, and what ONNX Runtime fuses into a norm. Exact up to float rounding."""
+    return op.Div(x, op.Sqrt(square))
+
+
+def _scaled_quotient(op: Any, x: Any, scale: Any, total: Any, unit: Any, least: Any) -> Any:
+    """Deferred normalisation: what is mixed over the sum of its weights, both in counts."""
+    return op.Div(op.Mul(x, scale), op.Max(op.Mul(total, unit), least))
+
+
+def _quotient(op: Any, x: Any, scale: Any, total: Any, unit: Any, least: Any) -> Any:
+    """The sum stays in counts. Exact up to float rounding."""
+    by = unit.const_value.numpy()
+    outer, smallest = (_constant(op, value.const_value.numpy() / by) for value in (scale, least))
+    return op.Div(op.Mul(x, outer), op.Max(total, smallest))
+
+
+def _numbers(*values: Any) -> list[float] | None:
+    """What constants of one element hold; None if one is none."""
+    found = [value.const_value for value in values]
+    if any(value is None or value.size != 1 for value in found):
+        return None
+    return [float(value.numpy().item()) for value in found]
+
+
 def _is_bounded(context: Any, factor: Any, zero: Any, top: Any, half: Any = None, **_: Any) -> bool:
-    found = [value.const_value for value in (factor, zero, top)]
-    if any(value is None for value in found):
-        return False
-    n, lowest, highest = (float(value.numpy()) for value in found)
-    rounds = half is None or (half.const_value is not None and float(half.const_value.numpy()) == 0.5)
-    return rounds and (lowest, highest) == (0.0, n)
+    found = _numbers(factor, zero, top)
+    rounds = half is None or _numbers(half) == [0.5]
+    return found is not None and rounds and found[1:] == [0.0, found[0]]
+
+
+def _is_byte(context: Any, factor: Any, zero: Any, top: Any, one: Any, lift: Any = None, **_: Any) -> bool:
+    known = _numbers(one) == [1] and _is_bounded(context, factor, zero, top)
+    return known and (lift is None or ((found := _numbers(lift)) is not None and 0 <= found[0] < 0.5))
+
+
+def _is_symmetric(context: Any, n: Any, one: Any, zero: Any, low: Any, top: Any, **_: Any) -> bool:
+    found = _numbers(n, one, zero, low, top)
+    return found is not None and found[1] == 1 and found[2] - found[3] == found[4] - found[2] == found[0]
+
+
+def _is_constant(context: Any, scale: Any, unit: Any, least: Any, **_: Any) -> bool:
+    found = _numbers(unit, least)
+    return found is not None and found[0] > 0 and scale.const_value is not None
 
 
 RULES = (
@@ -100,4 +178,9 @@ RULES = (
     pattern.RewriteRule(_gelu, _fusible_gelu, _is_half, name="gelu"),
     pattern.RewriteRule(_clipped_count, _count, _is_bounded, name="bounded_count", remove_nodes=False),
     pattern.RewriteRule(_clipped_input, _input, _is_bounded, name="bounded_input", remove_nodes=False),
+    pattern.RewriteRule(_clipped_byte, _byte, _is_byte, name="bounded_byte", remove_nodes=False),
+    pattern.RewriteRule(_lifted_byte, _byte_of_lifted, _is_byte, name="lifted_byte", remove_nodes=False),
+    pattern.RewriteRule(_byte_of_row, _unclipped, _is_symmetric, name="byte_of_row", remove_nodes=False),
+    pattern.RewriteRule(_times_reciprocal, _over_root, name="root"),
+    pattern.RewriteRule(_scaled_quotient, _quotient, _is_constant, name="quotient"),
 )

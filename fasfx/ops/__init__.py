@@ -6,6 +6,7 @@ from fasfx.ops import (
     count,
     fire,
     group,
+    hadamard,
     integer_embedding,
     integer_linear,
     integer_matmul,
@@ -18,7 +19,9 @@ from fasfx.ops.codes import CODES, Code
 CLOSED = frozenset({count.op, byte_count.op})  # closed forms of a sequential network's neurons
 NEURONS = CLOSED | {qcfs.op, fire.op, tick.op}
 GROUPS = frozenset({group.op, lookup.op})
-LIKE_FIRST = (NEURONS | GROUPS) - {byte_count.op}  # their shape rule: the result is like the first argument
+LIKE_FIRST = (NEURONS | GROUPS | {hadamard.op}) - {
+    byte_count.op
+}  # their shape rule: the result is like the first argument
 
 __all__ = [
     "CLOSED",
@@ -32,6 +35,7 @@ __all__ = [
     "count",
     "fire",
     "group",
+    "hadamard",
     "integer_embedding",
     "integer_linear",
     "integer_matmul",
