@@ -44,8 +44,9 @@ def fed_back(weight: Tensor, pair: int, moment: Tensor) -> Tensor:
         errors = torch.zeros_like(exact[:, first:last])
         for at in range(first, last):
             room = pair - 1 - found[:, at - 1].abs() if at % 2 else torch.full_like(found[:, at], LARGEST)
-            size_at = torch.where(keeps[:, at], (exact[:, at].abs() + UP).floor(), left[:, at].abs().round())
-            found[:, at] = size_at.minimum(room).clamp(max=LARGEST).copysign(left[:, at])
+            wanted = torch.where(keeps[:, at], exact[:, at], left[:, at])
+            whole = torch.where(keeps[:, at], (wanted.abs() + UP).floor(), wanted.abs().round())
+            found[:, at] = whole.minimum(room).clamp(max=LARGEST).copysign(wanted)
             errors[:, at - first] = (left[:, at] - found[:, at]) / factor[:, at, at, None]
             left[:, at + 1 : last] -= factor[:, at, at + 1 : last, None] * errors[:, at - first, None]
         left[:, last:] -= factor[:, first:last, last:].mT @ errors
@@ -55,8 +56,7 @@ def fed_back(weight: Tensor, pair: int, moment: Tensor) -> Tensor:
 def feedback(moment: Tensor) -> Tensor:
     """Upper Cholesky factor of the inverse of moments [K, D, D]: row d says what column d leaves to those after it."""
     own = moment.diagonal(dim1=-2, dim2=-1)
-    damped = moment + torch.diag_embed(
-        (DAMPING * own.mean(-1, keepdim=True) + torch.finfo(moment.dtype).tiny).expand_as(own)
-    )
+    least = DAMPING * own.mean(-1, keepdim=True) + torch.finfo(moment.dtype).tiny
+    damped = moment + torch.diag_embed(least.expand_as(own))
     factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     return factor

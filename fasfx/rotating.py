@@ -104,10 +104,11 @@ def rotate_values(gm: GraphModule, values: Values) -> None:
 
 
 def find_gated(gm: GraphModule) -> list[Node]:
-    """Every product of two values that linear layers alone read."""
+    """Every product of two values, of an even number of channels, that linear layers alone read."""
     fixed, values = constants(gm), carried_values(gm)
-    gated = [node for node in gm.graph.nodes if node in values and is_gated(node, values)]
-    return [node for node in gated if node.users and all(is_layer(user, node, fixed) for user in node.users)]
+    gated = [node for node in gm.graph.nodes if node in values and node.users and is_gated(node, values)]
+    read = [node for node in gated if all(is_layer(user, node, fixed) for user in node.users)]
+    return [node for node in read if width_of(node) % 2 == 0]
 
 
 def rotate_gated(gm: GraphModule, value: Node) -> None:

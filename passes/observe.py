@@ -113,8 +113,8 @@ def _gates_per_row(gm: GraphModule) -> bool:
     return asked and not facts(gm).trainable
 
 
-def _largest_byte(gm: GraphModule) -> int:
-    """N of a radix neuron whose count is to be a byte; 0 for others, and while a network is trained."""
+def _lifted_top(gm: GraphModule) -> int:
+    """N of a radix neuron that int8 weights read; 0 for others, and while a network is trained."""
     config = facts(gm).config
     if config.weights != "int8" or config.code != "radix" or facts(gm).trainable:
         return 0
@@ -168,7 +168,7 @@ class _Watcher(Interpreter):
         self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
         self._moments = evens_channels(gm)
         self._rows: dict[str, int] = {}  # of a site with a moment: how many rows it is the sum of
-        self._top = _largest_byte(gm)
+        self._top = _lifted_top(gm)
         self._lifts: dict[str, list[float]] = {}
         self._tails = facts(gm).config.threshold == "percentile"
 
