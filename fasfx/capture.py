@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils.generic import find_labels
 
 from fasfx.config import SpikeConfig
-from fasfx.errors import CaptureError
+from fasfx.errors import CaptureError, first_line
 from fasfx.program import FACTS, Facts, attribute, facts, fake, module_path, set_dropout
 
 Inputs = dict[str, Any]
@@ -144,7 +144,7 @@ def _export_refining(model: nn.Module, tensors: Inputs, constants: Inputs) -> Ex
             else:
                 raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {message}") from error
         except Exception as error:
-            raise CaptureError(f"cannot capture {type(model).__name__}: {str(error).splitlines()[0]}") from error
+            raise CaptureError(f"cannot capture {type(model).__name__}: {first_line(error)}") from error
     raise CaptureError(f"torch.export found no shapes for {type(model).__name__} after {MAX_REFINEMENTS} refinements")
 
 

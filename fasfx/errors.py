@@ -7,6 +7,11 @@ class FasfxError(Exception):
     """Base of every error fasfx raises on purpose; the command line answers it with exit code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(FasfxError, ValueError):
     """A SpikeConfig field has a value that fasfx cannot use."""
 

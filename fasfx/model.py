@@ -173,8 +173,17 @@ class SpikingModel(nn.Module):
         return bind(self.ranged, args, kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SpikingModel:
-        """What `to`, `cuda` and the like call."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        """What `to` and the like call. The caller's model stays as it is; what two programs share stays one."""
+        freeze(self.ranged)
+        made: dict[Any, Tensor] = {}
+
+        def once(value: Tensor) -> Tensor:
+            key = value.data_ptr() or id(value), value.shape, value.stride(), value.dtype
+            if key not in made:
+                made[key] = fn(value)
+            return made[key]
+
+        super()._apply(once, recurse)  # type: ignore[no-untyped-call]
         for program in (self.ranged, self.graph_module):
             follow(program, device_of(self))
         return self

@@ -49,9 +49,10 @@ def to_ranged(captured: GraphModule, observe: Observe, after: PassHook | None = 
 def observe_again(gm: GraphModule, batches: Iterable[Any], progress: Progress | None = None) -> GraphModule:
     """The program with ranges observed anew, for other weights than before; learned thresholds stay."""
     report = progress or (lambda stage, done, total: None)
-    learned = {name: site.theta for name, site in facts(gm).sites.items()}
-    facts(gm).level = Observe.takes
+    known = facts(gm).sites
+    facts(gm).level, facts(gm).trainable = Observe.takes, True  # the sites that were trained, and no others
     observed = Runner([Observe(batches, on_batch=lambda done: report("observe", done, None))]).run(gm)
     of = facts(observed)
-    of.sites = {name: dataclasses.replace(site, theta=learned[name]) for name, site in of.sites.items()}
+    of.sites = {n: dataclasses.replace(known[n], peak=site.peak, tail=site.tail) for n, site in of.sites.items()}
+    of.trainable = False
     return observed

@@ -55,8 +55,10 @@ class Clip(Pass):
                 top = float(theta[site.name].max())
             neuron = config.neuron(site.population)
             initial = [] if site.initial is None else [site.initial]
+            wider: float = 1  # the bound of a neuron: half a count, and the lift
             if site.lift and not initial:
                 initial = [site.lift * theta[site.name] / code.capacity(neuron[1], config.levels)]
+                wider = 1 + 2 * site.lift
             tuned = [add_tensor(gm, f"initial_{site.name}", v, before, trainable=True) for v in initial]
             clipped = insert(gm, before, value, ops.qcfs.op, value, threshold, *neuron, site.signed, *tuned)
             clipped.meta["site"] = site.name
@@ -65,7 +67,6 @@ class Clip(Pass):
                 user.replace_input_with(value, clipped)
             if value in replaced:
                 replaced[value].replace_all_uses_with(arg(replaced[value], 0))
-            wider = 1 + 2 * site.lift if site.lift else 1  # half a count, and the lift
             bound = Bound(
                 wider * code.bound.subs(ops.codes.T, site.population * ops.codes.T),
                 "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"),

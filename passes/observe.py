@@ -236,7 +236,7 @@ def lift_of(u: Tensor) -> float:
 
     Most exponentials are below half a spike: rounded as they are, attention loses what they hold together.
     """
-    u = u.flatten()[:: max(1, u.numel() // MAX_SAMPLES)]
+    u = u.flatten()[:: max(1, u.numel() // MAX_SAMPLES)].float()
     rest = u - u.round()
     short = rest[rest > 0]
     lost = min(int(rest.sum()), short.numel())

@@ -40,11 +40,13 @@ class Round(Pass):
         for node, _ in synapses(gm):
             readers.setdefault(operand(node.args[0]), []).append(node)
         moments = [site for site in facts(gm).sites.values() if site.moment is not None]
+        done = False
         for site in moments:
             if site.channel == () and may_apply(self.name, "round_layers", nodes[site.name]):
                 round_layers(gm, scaler, site, readers[nodes[site.name]])
+                done = True
             facts(gm).sites[site.name] = dataclasses.replace(site, moment=None)
-        return bool(moments)
+        return done
 
 
 def round_layers(gm: GraphModule, scaler: Scaler, site: Site, layers: list[Node]) -> None:

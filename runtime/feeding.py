@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasfx.errors import ConfigError, InputError
+from fasfx.errors import ConfigError, InputError, RuntimeUnavailableError, first_line
 
+END = object()  # of a stream
 DTYPES = {  # of what a model's inputs can be
     "tensor(float)": torch.float32,
     "tensor(double)": torch.float64,
@@ -31,8 +34,8 @@ def checked(session: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> di
         given, wanted = inputs[name], known.get(name)  # None: the graph does not read it
         if wanted is not None and given.dim() != len(wanted.shape):
             raise InputError(f"{name} has rank {given.dim()}: the model takes rank {len(wanted.shape)}")
-        if wanted is not None and given.dtype != DTYPES[wanted.type]:
-            raise InputError(f"{name} is {given.dtype}: the model takes {DTYPES[wanted.type]}")
+        if wanted is not None and given.dtype != (kind := DTYPES.get(wanted.type, given.dtype)):
+            raise InputError(f"{name} is {given.dtype}: the model takes {kind}")
     return {name: inputs[name] for name in names}
 
 
@@ -46,10 +49,11 @@ def ones(session: Any, names: Sequence[str], sizes: Sequence[int]) -> dict[str, 
     if len(dynamic) != len(sizes):
         raise ConfigError(f"sizes {tuple(sizes)}: give {len(dynamic)}, those of {', '.join(dynamic)}")
     given = dict(zip(dynamic, sizes, strict=True))
-    return {
+    made = {
         name: torch.ones([given.get(d, d) for d in value.shape], dtype=DTYPES[value.type])
         for name, value in known.items()
     }
+    return dict.fromkeys(names, torch.ones(())) | made  # of inputs that the graph does not read, anything
 
 
 def positive(steps: int) -> int:
@@ -60,8 +64,24 @@ def positive(steps: int) -> int:
 
 
 def refused(run: Callable[[], Any]) -> Any:
-    """What ONNX Runtime says no to is an InputError."""
+    """What ONNX Runtime says no to is an InputError; what a device or memory fails at RuntimeUnavailableError."""
     try:
         return run()
     except Exception as error:
-        raise InputError(f"ONNX Runtime refuses these inputs: {str(error).splitlines()[0]}") from error
+        if isinstance(error, MemoryError) or type(error).__name__ == "EPFail":
+            raise RuntimeUnavailableError(f"ONNX Runtime or its device gave up: {first_line(error)}") from error
+        raise InputError(f"ONNX Runtime refuses these inputs: {first_line(error)}") from error
+
+
+def fetch(source: Iterator[Any]) -> Future[Any]:
+    """The next item of an iterator, or END; in a daemon thread, so that nobody waits for one that is not wanted."""
+    coming: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            coming.set_result(next(source, END))
+        except BaseException as error:
+            coming.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return coming

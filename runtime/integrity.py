@@ -23,8 +23,11 @@ def check_sums(folder: Path) -> None:
     """
     if not (folder / SUMS).is_file():
         return
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
-        wanted, _, name = line.partition("  ")
+    lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    sums = {name: wanted for wanted, _, name in (line.partition("  ") for line in lines)}
+    if not {file.name for file in folder.glob("*.onnx*")} <= set(sums):
+        raise CheckpointError(f"{folder / SUMS} is damaged: it does not name every file of the model; export it again")
+    for name, wanted in sums.items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is incomplete: {name} is missing; export it again")
         if _sum(folder / name) != wanted:

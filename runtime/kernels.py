@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx
 
-from fasfx.errors import CheckpointError, ConfigError
+from fasfx.errors import CheckpointError, ConfigError, first_line
 
 if TYPE_CHECKING:
     import pandas
@@ -45,7 +45,7 @@ def missing_kernels(folder: str | Path, provider: str = "cuda") -> pandas.DataFr
         model = onnx.load(Path(folder) / "model.onnx", load_external_data=False)
         (opset,) = (imported.version for imported in model.opset_import if imported.domain in STANDARD)
     except Exception as error:
-        raise CheckpointError(f"the export in {folder} cannot be read: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"the export in {folder} cannot be read: {first_line(error)}") from error
     rows = []
     for node, types in _nodes(onnx.shape_inference.infer_shapes(model).graph, {}):
         version, reason = _lack(node, opset, types, _kernels(provider))

@@ -7,16 +7,15 @@ import json
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from fasfx.errors import CheckpointError, ConfigError, FasfxError
+from fasfx.errors import CheckpointError, ConfigError, FasfxError, first_line
 from fasfx.runtime.export import MANIFEST
-from fasfx.runtime.feeding import checked, ones, positive, refused
+from fasfx.runtime.feeding import END, checked, fetch, ones, positive, refused
 from fasfx.runtime.integrity import check_sums
 from fasfx.runtime.loop import TIMESTEPS
 from fasfx.runtime.profiling import read_profile
@@ -64,9 +63,7 @@ class OnnxModel:
         except FasfxError:
             raise
         except Exception as error:
-            raise CheckpointError(
-                f"the export in {self._folder} cannot be read: {str(error).splitlines()[0]}"
-            ) from error
+            raise CheckpointError(f"the export in {self._folder} cannot be read: {first_line(error)}") from error
 
     def profile(self, **inputs: Any) -> pandas.DataFrame:
         """Call once, in a session of its own: which node ran on which execution provider, and its microseconds.
@@ -118,11 +115,10 @@ class OnnxModel:
         Raises what a call raises, and what `batches` raises.
         """
         source = iter(batches)
-        with ThreadPoolExecutor(1) as maker:
-            coming = maker.submit(next, source, None)
-            while (batch := coming.result()) is not None:
-                coming = maker.submit(next, source, None)
-                yield self(**batch)
+        coming = fetch(source)
+        while (batch := coming.result()) is not END:
+            coming = fetch(source)
+            yield self(**batch)
 
     def warm_up(self, *sizes: int) -> None:
         """Run once on inputs of ones, so that the first real call does not wait for memory or a GPU's compiler.

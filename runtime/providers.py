@@ -41,6 +41,7 @@ def open_session(file: Path, device: str | None, options: Any) -> onnxruntime.In
         raise ConfigError(f"device={device!r}: choose {', '.join(DEVICES)}")
     provider, opener = known
     session = opener(file, options)
+    session.disable_fallback()  # or a run that fails on a GPU would go on, and stay, on the CPU
     if provider not in session.get_providers():
         raise RuntimeUnavailableError(
             f"ONNX Runtime could not start {provider} and would run on {', '.join(session.get_providers())}: "
@@ -77,7 +78,7 @@ def _on_webgpu(file: Path, options: Any) -> Any:
     except Exception as error:
         if type(error).__name__ != "EPFail":
             raise
-        raise RuntimeUnavailableError(f"{WEBGPU} does not start: {str(error).splitlines()[-1]}") from error
+        raise RuntimeUnavailableError(f"{WEBGPU} does not start: {str(error).rpartition(chr(10))[2]}") from error
 
 
 def _devices() -> Any:

@@ -50,7 +50,7 @@ def _fusible_gelu(op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
 
 
 def _is_half(context: Any, half: Any, **_: Any) -> bool:
-    return half.const_value is not None and float(half.const_value.numpy()) == 0.5
+    return _numbers(half) == [0.5]
 
 
 def _exponential(op: Any, s: Any, low: Any, factor: Any) -> Any:

@@ -1,7 +1,7 @@
 """python tests/on_webgpu.py FOLDER...: run exports on the WebGPU provider, in a process of their own.
 
-One model per process: with several, the provider's logical And has given wrong results. Reads inputs.pt, writes
-outputs.pt and profile.csv in every folder.
+One network with masks per process: with several, the provider's logical And has given wrong results. Reads inputs.pt,
+writes outputs.pt and profile.csv in every folder.
 """
 
 from __future__ import annotations

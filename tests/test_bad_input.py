@@ -473,3 +473,14 @@ def exported(snn: fasfx.SpikingModel, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("onnx") / "out"
     snn.to_onnx(folder)
     return folder
+
+
+def test_an_error_of_the_model_that_says_nothing_is_a_capture_error() -> None:
+    class Picky(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[-1] != 7:
+                raise AssertionError  # what a bare assert does
+            return x
+
+    with pytest.raises(fasfx.errors.CaptureError, match="Picky: AssertionError"):
+        fasfx.convert(Picky(), [{"x": torch.ones(2, 3)}])

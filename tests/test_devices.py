@@ -68,6 +68,23 @@ def test_moving_a_network_takes_its_sites_along() -> None:
     assert {site.peak.device.type for site in facts(snn.ranged).sites.values() if site.peak is not None} == {"meta"}
 
 
+def test_moving_a_network_leaves_the_callers_model_alone() -> None:
+    model, snn, _ = converted("bert")
+    before = {name: (p.data_ptr(), p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    snn.to("meta")
+    assert {name: (p.data_ptr(), p.dtype, p.requires_grad) for name, p in model.named_parameters()} == before
+
+
+def test_what_both_programs_share_is_moved_once() -> None:
+    _, snn, batch = converted("opt")
+    shared = {p.data_ptr() for p in snn.ranged.parameters()} & {p.data_ptr() for p in snn.graph_module.parameters()}
+    expected = snn(**batch).logits
+    snn._apply(lambda value: value.clone())
+    moved_ = {p.data_ptr() for p in snn.ranged.parameters()} & {p.data_ptr() for p in snn.graph_module.parameters()}
+    assert shared and len(moved_) == len(shared) and not moved_ & shared
+    assert torch.equal(snn(**batch).logits, expected)
+
+
 def test_moving_a_network_in_training_takes_its_teacher_along() -> None:
     model, batch = tiny("bert"), tiny_inputs("bert")
     qann = fasfx.prepare(model, [batch], fasfx.SpikeConfig(), fasfx.Objective(teacher=model)).to("meta")

@@ -99,3 +99,19 @@ def test_an_export_is_tidy(tmp_path: Path) -> None:
         for node in program.graph
     )
     assert set(equal.values()) == {1}
+
+
+def test_a_gelu_with_a_factor_for_every_channel_is_exported(tmp_path: Path) -> None:
+    class Gated(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.w = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.rand(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return y * (self.w * (1 + torch.erf(y / 2**0.5)))
+
+    x = torch.randn(3, 8)
+    snn = fasfx.convert(Gated().eval(), [{"x": x}], fasfx.SpikeConfig(nonlinear="exact"))
+    snn.to_onnx(tmp_path)
+    assert torch.allclose(fasfx.runtime.OnnxModel(tmp_path)(x=x), snn(x=x), atol=1e-5)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 import fasfx
 from fasfx.errors import CheckpointError, ConfigError, InputError, RuntimeUnavailableError
 from fasfx.runtime import OnnxModel
+from fasfx.runtime.feeding import refused
 from fasfx.runtime.integrity import SUMS
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
@@ -59,6 +61,36 @@ def test_what_a_stream_raises_is_the_sources_own(folder: Path) -> None:
     next(stream)
     with pytest.raises(LookupError, match="no more"):
         next(stream)
+
+
+def test_a_stream_can_be_left_and_passes_on_nothing(folder: Path) -> None:
+    waiting: Queue[dict[str, Tensor]] = Queue()
+    waiting.put(batch())
+    stream = OnnxModel(folder, threads=1).stream(iter(waiting.get, None))
+    next(stream)
+    stream.close()  # while the next batch is waited for
+    with pytest.raises(TypeError):
+        list(OnnxModel(folder, threads=1).stream([batch(), None]))
+
+
+def test_a_run_that_fails_does_not_go_on_elsewhere(folder: Path) -> None:
+    assert OnnxModel(folder).session._enable_fallback is False
+
+
+def test_what_memory_or_a_device_fails_at_is_no_wrong_input() -> None:
+    def run() -> None:
+        raise MemoryError
+
+    with pytest.raises(RuntimeUnavailableError, match="gave up: MemoryError"):
+        refused(run)
+
+
+@pytest.mark.parametrize("damage", [lambda text: b"", lambda text: text[: len(text) // 2], lambda text: b"\xff" + text])
+def test_damaged_checksums_are_found(folder: Path, damage: Any, tmp_path: Path) -> None:
+    saved = Path(shutil.copytree(folder, tmp_path / "saved"))
+    (saved / SUMS).write_bytes(damage((saved / SUMS).read_bytes()))
+    with pytest.raises(CheckpointError, match="damaged|missing"):
+        OnnxModel(saved)
 
 
 def test_warm_up_runs_the_sizes_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -783,3 +783,19 @@ def test_trainer_smooths_and_shifts_labels_as_for_the_original(tmp_path: Path) -
     arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
     losses = [float(Trainer(one, arguments).compute_loss(one.eval(), dict(batch))) for one in (model, fine)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_data_after_training_moves_ranges_and_nothing_else() -> None:
+    """An int8 network that would get thresholds per row, moments and lifts if it were observed afresh."""
+    model, batches = tiny("llama"), [tiny_inputs("llama", seed=seed) | {"use_cache": False} for seed in range(2)]
+    qann = fasfx.prepare(model, batches[:1], fasfx.SpikeConfig.integer())
+    plain, again = fasfx.convert(qann), fasfx.convert(qann, batches[1:])
+    for name, site in facts(again.ranged).sites.items():
+        before = facts(plain.ranged).sites[name]
+        assert (site.dynamic, site.lift, site.moment) == (before.dynamic, before.lift, before.moment)
+        assert site.theta is None or torch.equal(site.theta, before.theta)
+    assert any(
+        not torch.equal(site.peak, facts(plain.ranged).sites[name].peak)
+        for name, site in facts(again.ranged).sites.items()
+        if site.peak is not None
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fasfx
-from fasfx.errors import RuntimeUnavailableError
+from fasfx.errors import RuntimeUnavailableError, first_line
 from fasfx.tools.bench import cases, cost, timing
 from fasfx.tools.bench.data import Batch
 from fasfx.tools.bench.tables import Line, Table, plain
@@ -83,15 +83,15 @@ def _spikingjelly(model: nn.Module, batch: Batch) -> str:
     try:
         from spikingjelly.activation_based import ann2snn
     except ImportError as error:
-        raise RuntimeUnavailableError("spikingjelly is not there: pip install 'fasfx[test]'") from error
+        raise RuntimeUnavailableError(
+            "spikingjelly is not there: pip install --no-deps -r requirements-data.txt"
+        ) from error
     recipe = ann2snn.TransformerTDEquivalentRecipe(IF_STEPS)
     try:
         found = ann2snn.Converter(recipe=recipe).convert(copy.deepcopy(model))
         found(**batch)
     except Exception as error:
-        return f"SpikingJelly 2's transformer recipe on the same model: {type(error).__name__}: {_first_line(error)}"
+        return (
+            f"SpikingJelly 2's transformer recipe on the same model: {type(error).__name__}: {first_line(error)[:200]}"
+        )
     return "SpikingJelly 2's transformer recipe converts and runs the same model."
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
