@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 CPU, CUDA, WEBGPU = "CPUExecutionProvider", "CUDAExecutionProvider", "WebGpuExecutionProvider"
 PLUGIN = "onnxruntime_ep_webgpu"  # a package that brings WebGPU to the plain onnxruntime
+IN_FLOAT = "1"  # else a CPU rounds counts in float to int8 once more, block by block, before they meet int8 weights
 SLOW = "SkipLayerNormFusion"  # ONNX Runtime's fused sum and norm takes longer on a CPU than the two do
 
 
@@ -23,6 +24,7 @@ def session_options(threads: int | None) -> Any:
 
     options = ort.SessionOptions()
     options.add_session_config_entry("optimization.disable_specified_optimizers", SLOW)
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", IN_FLOAT)
     if threads is not None:
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
