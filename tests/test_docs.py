@@ -31,6 +31,7 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names["spiking"] == names["deployed"]).all()
 
 
+@pytest.mark.slow
 def test_notebook_runs_and_shows_its_objects(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "docs/tour.ipynb", as_version=4)

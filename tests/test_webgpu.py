@@ -53,8 +53,8 @@ def relative(reference: Tensor, value: Tensor) -> float:
     ("family", "changes"),
     [
         ("bert", {"nonlinear": "spiking"}),
-        ("llama", {"nonlinear": "exact"}),
-        ("vit", {"nonlinear": "exact", "code": "radix"}),
+        pytest.param("llama", {"nonlinear": "exact"}, marks=pytest.mark.slow),
+        pytest.param("vit", {"nonlinear": "exact", "code": "radix"}, marks=pytest.mark.slow),
         ("bert", {"code": "radix", "timesteps": 7, "nonlinear": "exact", "weights": "int8"}),
         ("gpt2", {"schedule": "synchronous", "nonlinear": "exact"}),
     ],
