@@ -53,6 +53,7 @@ def test_the_if_loop_sends_rounded_activations() -> None:
     assert torch.equal(sent, ops.qcfs.op(x, torch.tensor(2.0), "rate", peers.IF_STEPS, 1, False))
 
 
+@pytest.mark.slow
 def test_every_peer_is_timed_and_spikingjellys_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.tiny("bert")
     monkeypatch.setattr(cases, "minilm", lambda: (model, None))

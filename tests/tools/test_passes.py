@@ -115,7 +115,7 @@ def test_a_stored_program_gives_what_the_model_gives(tmp_path: Path) -> None:
 
 def test_run_shows_what_is_asked_for() -> None:
     shown: list[str] = []
-    program = tools.run(bert(EVERY), shown.append, print_after=["fold"], print_diff=True, stop_after=7)
+    program = tools.run(bert(EVERY), shown.append, print_after=["fold"], print_diff=True, stop_after=8)
     assert facts(program).level == "FOLDED"
     assert [one for one in shown if one.startswith("after fold\n# fasfx graph")] == [f"after fold\n{text(program)}"]
     differences = [one for one in shown if one.startswith("--- before")]
