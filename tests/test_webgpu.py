@@ -98,7 +98,7 @@ def exported(name: str, code: str, seed: int, folder: Path) -> list[Tensor]:
 
 
 def test_counts_are_the_same_integers_in_torch_and_on_both_providers(tmp_path: Path) -> None:
-    cases = [(name, code, seed) for name in NETS for code in ("multi", "radix", "rate") for seed in (0, 1)]
+    cases = [(name, code, seed) for seed, name in enumerate(NETS) for code in ("multi", "radix", "rate")]
     folders = [tmp_path / "_".join(map(str, case)) for case in cases]
     expected = [exported(*case, folder) for case, folder in zip(cases, folders, strict=True)]
     run(*folders)
