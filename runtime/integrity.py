@@ -25,7 +25,7 @@ def check_sums(folder: Path) -> None:
         return
     lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {name: wanted for wanted, _, name in (line.partition("  ") for line in lines)}
-    if not {file.name for file in folder.glob("*.onnx*")} <= set(sums):
+    if not {file.name for file in folder.glob("model.onnx*")} <= set(sums):
         raise CheckpointError(f"{folder / SUMS} is damaged: it does not name every file of the model; export it again")
     for name, wanted in sums.items():
         if not (folder / name).is_file():
