@@ -148,13 +148,9 @@ def _export_refining(model: nn.Module, tensors: Inputs, constants: Inputs) -> Ex
     raise CaptureError(f"torch.export found no shapes for {type(model).__name__} after {MAX_REFINEMENTS} refinements")
 
 
+# A GPU's fused attention asks for lengths that are multiples of 8; the program writes attention out anyway.
+@sdpa_kernel(SDPBackend.MATH)
 def _export(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any, defer: bool) -> ExportedProgram:
-    # A GPU's fused attention asks for lengths that are multiples of 8; the program writes attention out anyway.
-    with sdpa_kernel(SDPBackend.MATH):
-        return _export_once(model, tensors, constants, shapes, defer)
-
-
-def _export_once(model: nn.Module, tensors: Inputs, constants: Inputs, shapes: Any, defer: bool) -> ExportedProgram:
     if is_hugging_face(model):
         from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 

@@ -313,3 +313,7 @@ def _draw(figure: Any, file: Path) -> None:
         figure(file)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot draw to {file}: {error}; give a .png file in a folder that exists") from error
+
+
+if __name__ == "__main__":
+    main()

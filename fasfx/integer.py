@@ -56,12 +56,13 @@ def use_int8_weights(gm: GraphModule) -> None:
     """
     scaler, carriers = Scaler(gm), Carriers(gm)
     for node in list(gm.graph.nodes):
-        if node.target is aten.linear.default and carriers.is_sent(node.args[0]) and scaler.is_fixed(node.args[1]):
-            if may_apply("lower", "int8_weights", node):
-                _round_layer(gm, scaler, node)
-        elif node.target is aten.embedding.default and scaler.is_fixed(node.args[0]):
-            if not may_apply("lower", "int8_weights", node):
-                continue
+        layer = node.target is aten.linear.default and carriers.is_sent(node.args[0]) and scaler.is_fixed(node.args[1])
+        embedding = node.target is aten.embedding.default and scaler.is_fixed(node.args[0])
+        if not (layer or embedding) or not may_apply("lower", "int8_weights", node):
+            continue
+        if layer:
+            _round_layer(gm, scaler, node)
+        else:
             weight, scale = rounded(scaler.value_of(arg(node, 0)), 2 * LARGEST)
             stored = weight.t().contiguous(), scale[:, None]
             _replace(gm, node, ops.integer_embedding.op, stored, lambda n, at: (*at, n.args[1]))

@@ -38,13 +38,17 @@ class Rotate(Pass):
         for one in (*streams, *values):
             if isinstance(one, Declined):
                 decline(gm, one.pass_name, one.rule, one.node, one.reason)
+        done = 0
         for stream in streams:
             if isinstance(stream, Stream) and may_apply(self.name, "rotate_stream", next(iter(stream.writers))):
                 rotate_stream(gm, stream)
+                done += 1
         for heads in values:
             if isinstance(heads, Values) and may_apply(self.name, "rotate_values", heads.maker):
                 rotate_values(gm, heads)
+                done += 1
         for value in gated:
             if may_apply(self.name, "rotate_gated", value):
                 rotate_gated(gm, value)
-        return bool(streams or values or gated)
+                done += 1
+        return done > 0

@@ -12,13 +12,13 @@ from torch.fx import Interpreter
 from torch.utils import _pytree
 
 import fasfx
+from fasfx.calibration import without_cache
 from fasfx.devices import moved, retarget
 from fasfx.difference import main_output
 from fasfx.program import facts
 from fasfx.tools.bench.models import TINY, tiny, tiny_inputs
 
 FAMILIES = [name for name in TINY if name != "t5"]
-CAUSAL = ("gpt2", "llama", "opt")
 SETTINGS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "synchronous": {"schedule": "synchronous"},
@@ -29,10 +29,13 @@ gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def converted(family: str, **changes: Any) -> tuple[Any, fasfx.SpikingModel, dict[str, torch.Tensor]]:
-    model, batch = tiny(family), tiny_inputs(family)
-    extra = {"use_cache": False} if family in CAUSAL else {}
-    return model, fasfx.convert(model, [batch | extra], fasfx.SpikeConfig(**changes)), batch
+def converted(
+    family: str, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Any, fasfx.SpikingModel, dict[str, torch.Tensor]]:
+    """In float64 no count flips because sums are taken in another order."""
+    model = tiny(family).to(dtype)
+    batch = {n: v.to(dtype) if v.is_floating_point() else v for n, v in tiny_inputs(family).items()}
+    return model, fasfx.convert(model, [batch | without_cache(model)], fasfx.SpikeConfig(**changes)), batch
 
 
 class OnGpu(Interpreter):
@@ -58,6 +61,16 @@ def test_every_value_follows_the_weights_to_another_device(family: str, setting:
         output = OnGpu(snn.graph_module).run(*inputs)
     devices = {value.device.type for value in _pytree.tree_leaves(output) if isinstance(value, torch.Tensor)}
     assert devices == {"cuda"}
+
+
+def test_a_device_that_the_model_names_follows_too() -> None:
+    class Named(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(x.to("cpu"), torch.ones(4, 4, device="cpu"))
+
+    snn = fasfx.convert(Named(), [{"x": torch.rand(2, 4)}]).to("meta")
+    retarget(snn.graph_module, torch.device("meta"))  # a network without weights has no device to follow
+    assert snn.graph_module(torch.rand(3, 4, device="meta")).device.type == "meta"
 
 
 def test_moving_a_network_takes_its_sites_along() -> None:
@@ -96,23 +109,12 @@ def test_moving_a_network_in_training_takes_its_teacher_along() -> None:
 # --- on a real one -----------------------------------------------------------------------------------------
 
 
-def wide(family: str, **changes: Any) -> tuple[Any, fasfx.SpikingModel, dict[str, torch.Tensor]]:
-    """In float64, where no count flips because sums are taken in another order."""
-    model, batch = tiny(family).double(), in_float64(tiny_inputs(family))
-    extra = {"use_cache": False} if family in CAUSAL else {}
-    return model, fasfx.convert(model, [batch | extra], fasfx.SpikeConfig(**changes)), batch
-
-
-def in_float64(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-
-
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_gives_on_a_gpu_what_it_gives_on_the_cpu(family: str, setting: str) -> None:
-    _, snn, batch = wide(family, **SETTINGS[setting])
+    _, snn, batch = converted(family, torch.float64, **SETTINGS[setting])
     expected, sent = main_output(snn(**batch)), snn.count_spikes(**batch)
     snn.cuda()
     there = moved(batch, torch.device("cuda"))
@@ -128,10 +130,9 @@ def test_a_network_gives_on_a_gpu_what_it_gives_on_the_cpu(family: str, setting:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_on_a_gpu_is_converted_there(family: str, setting: str) -> None:
-    model, snn, batch = wide(family, **SETTINGS[setting])
-    extra = {"use_cache": False} if family in CAUSAL else {}
+    model, snn, batch = converted(family, torch.float64, **SETTINGS[setting])
     there = moved(batch, torch.device("cuda"))
-    found = fasfx.convert(model.cuda(), [there | extra], fasfx.SpikeConfig(**SETTINGS[setting]))
+    found = fasfx.convert(model.cuda(), [there | without_cache(model)], fasfx.SpikeConfig(**SETTINGS[setting]))
     expected = main_output(snn(**batch))
     assert torch.allclose(main_output(found(**there)).cpu(), expected, rtol=1e-6, atol=1e-8)
 
@@ -143,8 +144,7 @@ def test_a_model_on_a_gpu_is_converted_there(family: str, setting: str) -> None:
 def test_half_precision_on_a_gpu(family: str, dtype: torch.dtype) -> None:
     model, batch = tiny(family).to("cuda", dtype), moved(tiny_inputs(family), torch.device("cuda"))
     batch = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-    extra = {"use_cache": False} if family in CAUSAL else {}
-    snn = fasfx.convert(model, [batch | extra], fasfx.SpikeConfig(timesteps=6, nonlinear="exact"))
+    snn = fasfx.convert(model, [batch | without_cache(model)], fasfx.SpikeConfig(timesteps=6, nonlinear="exact"))
     with torch.no_grad():
         expected, found = (main_output(net(**batch)).float() for net in (model, snn))
     assert float((found - expected).norm() / expected.norm()) < 0.1
@@ -155,8 +155,7 @@ def test_half_precision_on_a_gpu(family: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_int8_weights_on_a_gpu(family: str) -> None:
     model, batch = tiny(family), tiny_inputs(family)
-    extra = {"use_cache": False} if family in CAUSAL else {}
-    snn = fasfx.convert(model, [batch | extra], fasfx.SpikeConfig.integer())
+    snn = fasfx.convert(model, [batch | without_cache(model)], fasfx.SpikeConfig.integer())
     expected = main_output(snn(**batch))
     found = main_output(snn.cuda()(**moved(batch, torch.device("cuda")))).cpu()
     assert float((found - expected).norm() / expected.norm()) < 0.02
@@ -187,7 +186,7 @@ def test_both_stages_on_a_gpu() -> None:
 @needs_gpu
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_the_spiking_graph_compiles_on_a_gpu(family: str) -> None:
-    _, snn, batch = wide(family)
+    _, snn, batch = converted(family, torch.float64)
     snn.cuda()
     there = moved(batch, torch.device("cuda"))
     expected = main_output(snn(**there))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 import fasfx
+from fasfx.calibration import without_cache
 from fasfx.difference import Difference, main_output
 from fasfx.errors import RuntimeUnavailableError
 from fasfx.passes import clip
@@ -63,9 +64,8 @@ def test_matrix_products_softmax_and_neurons_run_on_the_provider(
     family: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     model, batch = tiny(family), tiny_inputs(family, 4, 24)
-    extra = {"use_cache": False} if family in ("gpt2", "llama") else {}
     form = "closed" if "weights" in changes else None
-    fasfx.convert(model, [batch | extra], fasfx.SpikeConfig(**changes)).to_onnx(tmp_path, form=form)
+    fasfx.convert(model, [batch | without_cache(model)], fasfx.SpikeConfig(**changes)).to_onnx(tmp_path, form=form)
     torch.save(batch, tmp_path / "inputs.pt")
     run(tmp_path)
     found = torch.load(tmp_path / "outputs.pt")

@@ -19,9 +19,8 @@ from fasfx.ops.codes import CODES, Code
 CLOSED = frozenset({count.op, byte_count.op})  # closed forms of a sequential network's neurons
 NEURONS = CLOSED | {qcfs.op, fire.op, tick.op}
 GROUPS = frozenset({group.op, lookup.op})
-LIKE_FIRST = (NEURONS | GROUPS | {hadamard.op}) - {
-    byte_count.op
-}  # their shape rule: the result is like the first argument
+# Their shape rule: the result is like the first argument.
+LIKE_FIRST = (NEURONS | GROUPS | {hadamard.op}) - {byte_count.op}
 
 __all__ = [
     "CLOSED",

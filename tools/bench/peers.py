@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def peers(quick: bool) -> Iterator[Table]:
     rows: dict[str, list[float]] = {name: [] for name in nets}
     for rows_of, length in shapes:
         (batch,) = cases.evaluation("tales", 1, rows_of, length)
-        calls = {name: cost._call(net, batch) for name, net in nets.items()}
+        calls = {name: partial(net, **batch) for name, net in nets.items()}
         for name, ratio in timing.ratios(timing.interleaved(calls, 2 if quick else 9), cost.ORIGINAL).items():
             rows[name].append(ratio.median)
     lines: list[Line] = [plain(name, figures, cost.RATIO) for name, figures in rows.items()]

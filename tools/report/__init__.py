@@ -75,9 +75,5 @@ def _template() -> Any:
     )
 
 
-def _parts() -> dict[str, str]:
-    return {"style": _read("page.css"), "script": _read("page.js")}
-
-
 def _read(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text("utf-8")
