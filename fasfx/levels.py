@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
@@ -20,53 +21,62 @@ Check = Callable[[GraphModule], Iterator[Complaint]]
 
 @dataclass(frozen=True)
 class Level:
-    """name, the pass that makes it, what holds, and the checks that say so."""
+    """name, the pass that makes it, what holds, fasfx's own operators that may be there, and what else is checked."""
 
     name: str
     made_by: str
     meaning: str
+    operators: frozenset[OpOverload] = frozenset()
     checks: tuple[Check, ...] = ()
 
 
-def forbid(why: str, *targets: object) -> Check:
+def forbid(why: str, *targets: OpOverload) -> Check:
     """No node has one of these targets."""
 
     def check(gm: GraphModule) -> Iterator[Complaint]:
         return ((node, why) for node in operators(gm) if node.target in targets)
 
+    check.__doc__ = f"No {' or '.join(map(str, targets))}: it {why}."
     return check
 
 
 def _no_mutation(gm: GraphModule) -> Iterator[Complaint]:
+    """No operator changes its input in place."""
     for node in operators(gm):
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             yield node, "changes its input in place"
 
 
 def _no_assertion(gm: GraphModule) -> Iterator[Complaint]:
+    """No assertions, no guards, no calls of modules."""
     for node in gm.graph.nodes:
         if node.op == "call_module" or re.search(r"_assert|sym_constrain", str(node.target)):
             yield node, "is an assertion or a guard"
 
 
 def _sites_observed(gm: GraphModule) -> Iterator[Complaint]:
+    """Every site has a calibrated range."""
     nodes = {node.name: node for node in gm.graph.nodes}
     for site in facts(gm).sites.values():
         if site.name in nodes and site.peak is None:
             yield nodes[site.name], "is a site without a calibrated range"
 
 
-def carried_by(*neurons: object) -> Check:
-    """Every value that enters a synaptic operation comes out of one of these operators, or its module is skipped."""
+def carried_by(neuron: OpOverload) -> Check:
+    """Every value that enters a synaptic operation comes out of this neuron, or its module is skipped."""
 
     def check(gm: GraphModule) -> Iterator[Complaint]:
         for node, position in spiking_operands(gm):
-            if operand(node.args[position]).target not in neurons:
+            if operand(node.args[position]).target is not neuron:
                 yield node, f"operand {position} is not carried by spikes"
-        missing = set(facts(gm).sites) - {node.meta.get("site") for node in operators(gm) if node.target in neurons}
+        missing = set(facts(gm).sites) - {node.meta.get("site") for node in operators(gm) if node.target is neuron}
         if missing:
             yield gm.graph.output_node(), f"depends on values that no neuron sends: {', '.join(sorted(missing))}"
 
+    check.__doc__ = (
+        f"Every value that enters a synaptic operation comes out of {neuron}, or its module is skipped; "
+        "there is one for every site."
+    )
     return check
 
 
@@ -79,6 +89,7 @@ def _sent(gm: GraphModule) -> Iterator[Complaint]:
 
 
 def _unit_thresholds(gm: GraphModule) -> Iterator[Complaint]:
+    """Every static threshold of a neuron is its code's unit: the rest is folded into weights."""
     config, fixed = facts(gm).config, constants(gm)
     for node in operators(gm):
         if node.target is ops.fire.op and node.args[1] in fixed:
@@ -107,30 +118,35 @@ _NORMAL = (
     forbid("has a canonical form", aten.scaled_dot_product_attention.default, aten.addmm.default, aten.mm.default),
     forbid("has a canonical form", aten.bmm.default, aten.baddbmm.default, aten.alias.default),
 )
+_ROTATED = frozenset({ops.hadamard.op})
+_NEURONS = _ROTATED | {ops.fire.op, ops.group.op}
 LEVELS: dict[str, Level] = {
     level.name: level
     for level in (
         Level("CAPTURED", "capture", "torch.export ATen graph, same outputs as the model"),
-        Level("NORMAL", "normalise", "one spelling per operator", _NORMAL),
-        Level("RANGED", "observe", "every site has a calibrated range", (*_NORMAL, _sites_observed)),
-        Level("CLIPPED", "clip", "every site is quantised as its neuron will", (carried_by(ops.qcfs.op),)),
+        Level("NORMAL", "normalise", "one spelling per operator", _ROTATED, _NORMAL),
+        Level("RANGED", "observe", "every site has a calibrated range", _ROTATED, (*_NORMAL, _sites_observed)),
         Level(
-            "SPIKING",
-            "substitute",
-            "every site is a spiking neuron",
-            (carried_by(ops.fire.op), forbid("is not a neuron yet", ops.qcfs.op)),
+            "CLIPPED",
+            "clip",
+            "every site is quantised as its neuron will",
+            _ROTATED | {ops.qcfs.op},
+            (carried_by(ops.qcfs.op),),
         ),
+        Level("SPIKING", "substitute", "every site is a spiking neuron", _NEURONS, (carried_by(ops.fire.op),)),
         Level(
             "FOLDED",
             "fold",
             "spike counts travel, static thresholds live in the weights",
+            _NEURONS,
             (_sent, _unit_thresholds),
         ),
         Level(
             "LOWERED",
             "lower",
             "closed form of the sequential schedule, or one tick of the synchronous one",
-            (forbid("is not lowered", ops.fire.op, ops.qcfs.op, aten.dropout.default),),
+            ops.OPERATORS - {ops.qcfs.op, ops.fire.op, ops.group.op},
+            (forbid("is not lowered", aten.dropout.default),),
         ),
     )
 }
@@ -138,4 +154,7 @@ LEVELS: dict[str, Level] = {
 
 def violations(gm: GraphModule, level: Level) -> list[str]:
     """What does not hold, one description per offending node."""
-    return [f"{describe(node)}: {why}" for check in level.checks for node, why in check(gm)]
+    foreign = ops.OPERATORS - level.operators
+    found = [(node, f"does not belong to {level.name}") for node in operators(gm) if node.target in foreign]
+    found += [complaint for check in level.checks for complaint in check(gm)]
+    return [f"{describe(node)}: {why}" for node, why in found]

@@ -35,6 +35,8 @@ class SpikingModel(nn.Module):
 
     It keeps the calibrated program (level RANGED, original weights, shared); the passes after it run again when
     `timesteps` changes, because margins and folded weights depend on T.
+
+    graph_module: the program at LOWERED.   coverage: what is spike-driven; `.table` has a row for every operator.
     """
 
     graph_module: GraphModule

@@ -1,4 +1,8 @@
-"""Writes docs/passes from the passes' own docstrings: `python -m fasfx.tools.docs`; with --check it only compares."""
+"""Writes the generated pages of docs/: `python -m fasfx.tools.docs`; with --check it only compares.
+
+A page for each pass, level, operator and public module, from the docstrings and from what passes, levels and operators
+are declared with, and an index of each folder.
+"""
 
 from __future__ import annotations
 
@@ -7,54 +11,118 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fasfx import capture, levels
+import torch
+
+from fasfx import ops
+from fasfx.capture import capture
+from fasfx.levels import LEVELS, Level
 from fasfx.passes import PIPELINE
+from fasfx.tools.reference import MODULES, module_page, text_block
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "passes"
-
-
-def page(number: int, one: Any) -> str:
-    """The page of one pass: what it takes and gives, its promise, its rules."""
-    module = inspect.getdoc(sys.modules[one.__module__]) or ""
-    lines = [f"# {number}. {one.name}", "", _indented(module), ""]
-    lines += [f"- takes: {one.takes}", f"- gives: {one.gives} ({levels.LEVELS[one.gives].meaning})"]
-    lines += [f"- numbers: {one.numerics}", "", _indented(inspect.getdoc(one) or ""), ""]
-    for rule in one.rules:
-        lines += [f"## {rule.name}", "", _indented(rule.doc), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _indented(text: str) -> str:
-    """A docstring as a block that keeps its lines."""
-    return "```text\n" + text + "\n```"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+FOLDERS = {"passes": "Passes, in order", "levels": "Levels, in order", "operators": "Operators", "api": "Public names"}
+PASSES = ("capture", *(one.name for one in PIPELINE))
 
 
 def pages() -> dict[str, str]:
-    """File name -> text of every page."""
-    found = {f"{number}-{one.name}.md": page(number, one) for number, one in enumerate(PIPELINE, 1)}
-    doc = inspect.getdoc(capture.capture) or ""
-    found["0-capture.md"] = (
-        f"# 0. capture\n\n{_indented(doc)}\n\n- gives: CAPTURED ({levels.LEVELS['CAPTURED'].meaning})\n"
-    )
-    rows = [f"- [{name.removesuffix('.md').replace('-', '. ', 1)}]({name})" for name in sorted(found)]
-    note = "Generated from the docstrings by `python -m fasfx.tools.docs`."
-    found["index.md"] = "\n".join(["# Passes, in order", "", note, "", *rows]) + "\n"
-    return found
+    """Path below docs/ -> text of every generated page."""
+    found = {_pass_file("capture"): f"# 0. capture\n\n{text_block(capture)}\n\n- gives: {_level('CAPTURED')}\n"}
+    found |= {_pass_file(one.name): pass_page(number, one) for number, one in enumerate(PIPELINE, 1)}
+    found |= {_level_file(name): level_page(level) for name, level in LEVELS.items()}
+    found |= {f"operators/{_name(op)}.md": operator_page(op) for op in sorted(ops.OPERATORS, key=_name)}
+    found |= {f"api/{name}.md": module_page(name) for name in MODULES}
+    for folder, title in FOLDERS.items():
+        found[f"{folder}/index.md"] = _index(title, {n: text for n, text in found.items() if n.startswith(folder)})
+    decisions = {f"decisions/{file.name}": file.read_text("utf-8") for file in sorted(DOCS.glob("decisions/0*.md"))}
+    return found | {"decisions/index.md": _index("Decisions", decisions)}
+
+
+def pass_page(number: int, one: Any) -> str:
+    """What a pass takes and gives, its promise, its rules."""
+    lines = [f"# {number}. {one.name}", "", text_block(sys.modules[one.__module__]), ""]
+    lines += [f"- takes: {_level(one.takes)}", f"- gives: {_level(one.gives)}", f"- numbers: {one.numerics}"]
+    lines += ["", text_block(one)]
+    for rule in one.rules:
+        lines += ["", f"## {rule.name}", "", f"```text\n{rule.doc}\n```"]
+    return "\n".join(lines) + "\n"
+
+
+def level_page(level: Level) -> str:
+    """What holds at a level, which pass gives it, which of fasfx's operators are allowed, and what is checked."""
+    makers = [name for name in PASSES if name == level.made_by]
+    staying = [one.name for one in PIPELINE if one.takes == one.gives == level.name]
+    allowed = [f"[{_name(op)}](../operators/{_name(op)}.md)" for op in sorted(level.operators, key=_name)]
+    lines = [f"# {level.name}", "", f"{level.meaning[0].upper()}{level.meaning[1:]}.", ""]
+    lines += [f"- made by: {', '.join(map(_pass_link, makers))}"]
+    lines += [f"- passes that keep it: {', '.join(map(_pass_link, staying)) or 'none'}"]
+    lines += [f"- operators of fasfx allowed: {', '.join(allowed) or 'none'}", ""]
+    lines += ["What the runner checks after every pass that ends here, besides the operators:", ""]
+    lines += [f"- {inspect.getdoc(check)}" for check in level.checks] or ["- nothing"]
+    return "\n".join(lines) + "\n"
+
+
+def operator_page(op: torch._ops.OpOverload) -> str:
+    """Schema, docstring, levels and ONNX form of an operator of fasfx."""
+    name = _name(op)
+    file = getattr(ops, name)
+    onnx = getattr(file, f"onnx_{name}", None)
+    where = [f"[{name}](../{_level_file(name)})" for name, level in LEVELS.items() if op in level.operators]
+    lines = [
+        f"# {name}",
+        "",
+        f"{inspect.getdoc(file)}",
+        "",
+        f"```text\n{op._schema}\n```",
+        "",
+        text_block(getattr(file, name)),
+    ]
+    lines += ["", f"- levels: {', '.join(where)}"]
+    lines += [f"- ONNX: {inspect.getdoc(onnx) if onnx else 'no form; `lower` replaces it'}"]
+    return "\n".join(lines) + "\n"
+
+
+def _name(op: torch._ops.OpOverload) -> str:
+    return op._schema.name.removeprefix("fasfx::")
+
+
+def _pass_file(name: str) -> str:
+    return f"passes/{PASSES.index(name)}-{name}.md"
+
+
+def _pass_link(name: str) -> str:
+    return f"[{name}](../{_pass_file(name)})"
+
+
+def _level_file(name: str) -> str:
+    return f"levels/{list(LEVELS).index(name)}-{name.lower()}.md"
+
+
+def _level(name: str) -> str:
+    return f"[{name}](../{_level_file(name)}) ({LEVELS[name].meaning})"
+
+
+def _index(title: str, texts: dict[str, str]) -> str:
+    """The pages of a folder by their headings."""
+    rows = [f"- [{text.splitlines()[0].removeprefix('# ')}]({name.split('/')[1]})" for name, text in texts.items()]
+    return "\n".join([f"# {title}", "", "Generated by `python -m fasfx.tools.docs`.", "", *rows]) + "\n"
 
 
 def main(arguments: list[str]) -> int:
     """Write the pages, or with --check say which are not current and return 1."""
     wanted = pages()
+    there = {file.relative_to(DOCS).as_posix() for folder in FOLDERS for file in DOCS.glob(f"{folder}/*.md")}
     if "--check" in arguments:
         stale = [
-            n for n, text in wanted.items() if not (FOLDER / n).is_file() or (FOLDER / n).read_text("utf-8") != text
+            name for name in wanted if not (DOCS / name).is_file() or (DOCS / name).read_text("utf-8") != wanted[name]
         ]
-        stale += [f.name for f in FOLDER.glob("*.md") if f.name not in wanted]
-        print(f"not current: {', '.join(stale)}; run python -m fasfx.tools.docs" if stale else "docs/passes is current")
+        stale += sorted(there - set(wanted))
+        print(f"not current: {', '.join(stale)}; run python -m fasfx.tools.docs" if stale else "docs are current")
         return bool(stale)
-    FOLDER.mkdir(exist_ok=True)
+    for name in there - set(wanted):
+        (DOCS / name).unlink()
     for name, text in wanted.items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+        (DOCS / name).parent.mkdir(exist_ok=True)
+        (DOCS / name).write_text(text, encoding="utf-8")
     return 0
 
 

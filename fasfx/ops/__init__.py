@@ -19,6 +19,7 @@ from fasfx.ops.codes import CODES, Code
 CLOSED = frozenset({count.op, byte_count.op})  # closed forms of a sequential network's neurons
 NEURONS = CLOSED | {qcfs.op, fire.op, tick.op}
 GROUPS = frozenset({group.op, lookup.op})
+OPERATORS = NEURONS | GROUPS | {hadamard.op, byte_value.op, integer_embedding.op, integer_linear.op, integer_matmul.op}
 # Their shape rule: the result is like the first argument.
 LIKE_FIRST = (NEURONS | GROUPS | {hadamard.op}) - {byte_count.op}
 
@@ -28,6 +29,7 @@ __all__ = [
     "GROUPS",
     "LIKE_FIRST",
     "NEURONS",
+    "OPERATORS",
     "Code",
     "byte_count",
     "byte_value",

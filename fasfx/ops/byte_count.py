@@ -26,6 +26,7 @@ def byte_count(u: Tensor, code: str, steps: int, levels: int, signed: bool) -> T
     Error:  none, but for u half way between two counts: here the even one wins, as in ONNX Runtime's QuantizeLinear,
             where floor(u + 1/2) takes the upper one.
     Grad:   none.
+    Source: the code's row in fasfx.ops.codes.
     """
     low, top = CODES[code].limits(steps, levels, signed)
     return u.round().clamp(low, top).add(zero_of(code, steps, levels, signed)).to(torch.uint8)

@@ -24,6 +24,7 @@ def count(u: Tensor, code: str, steps: int, levels: int, signed: bool) -> Tensor
     Shape:  any; dtype of u.   Unit: spike counts, integers in [-N or 0, N].
     Error:  none: equal to `fasfx::fire` with theta = N.
     Grad:   straight-through inside the range.
+    Source: the code's row in fasfx.ops.codes.
     """
     row = CODES[code]
     low, top = row.limits(steps, levels, signed)

@@ -54,9 +54,10 @@ def group(
 ) -> Tensor:  # fmt: skip
     """scale * f(x) from the spikes of a group: value at rest, plus the sum of weight * count, plus the tails' ramps.
 
-    Shape:  x any; edges, values [K + 1]; result like x.   Unit: `unit` is the input of one count.
+    Shape:  x any; edges, values [K + 1]; result like x.   Unit: that of scale * f(x); `unit` is the input of one count.
     Error:  the group's bound (fasfx.groups), certified on the core's interval and the tails.
     Grad:   that of the function itself.
+    Source: universal group operators, Jiang et al., STA, ICLR 2024; theirs are trained, these are computed.
     """
     reduction = REDUCTIONS[FUNCTIONS[function].reduction]
     z, k = reduction.split(x.detach().to(edges.dtype))

@@ -27,8 +27,9 @@ def sylvester(size: int) -> Tensor:
 def hadamard(x: Tensor, size: int) -> Tensor:
     """Every block of `size` adjacent channels times `sylvester(size)`.
 
-    Shape:  x [..., D], size a power of two that divides D; result like x.
-    Error:  rounding of the sums.   Twice the same is `size` times x.
+    Shape:  x [..., D], size a power of two that divides D; result like x.   Unit: that of x.
+    Error:  rounding of the sums.   Twice the same is `size` times x.   Grad: the same of the gradient.
+    Source: Sylvester's matrix; QuaRot, Ashkboos et al., NeurIPS 2024, section 3.
     """
     out: Tensor = (x.unflatten(-1, (-1, size)) @ sylvester(size).to(x)).flatten(-2)
     return out

@@ -18,7 +18,7 @@ LIBRARY.define("integer_embedding(Tensor weight, Tensor scale, Tensor indices) -
 def integer_embedding(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
     """weight[indices] * scale[indices].
 
-    Shape:  weight [V, D] int8, scale [V, 1], indices any, int; result [..., D] like scale.
+    Shape:  weight [V, D] int8, scale [V, 1], indices any, int; result [..., D] like scale.   Unit: that of scale.
     Error:  none.   Grad: none.
     """
     return F.embedding(indices, weight).to(scale.dtype) * F.embedding(indices, scale)

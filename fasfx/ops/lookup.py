@@ -28,8 +28,12 @@ def lookup(
 ) -> Tensor:  # fmt: skip
     """What `fasfx::group` gives, from a table over the half counts of [low, high]: ties apart, the same numbers.
 
-    Shape:  x any, table and spikes [cells + 1]; result like x.   Grad: that of the function itself.
     spikes, neurons: how many spikes all K neurons send together for each half count, and K; for reports.
+
+    Shape:  x any, table and spikes [cells + 1]; result like x.   Unit: that of scale * f(x).
+    Error:  the group's bound (fasfx.groups), certified on the core's interval and the tails.
+    Grad:   that of the function itself.
+    Source: universal group operators, Jiang et al., STA, ICLR 2024; the table is fasfx's (decision 9).
     """
     cell, z, k = cell_of(x, table, function, low, high)
     y = torch.nn.functional.embedding(cell, table.unsqueeze(1)).squeeze(-1)

@@ -33,6 +33,7 @@ def tick(u: Tensor, sent: Tensor, number: Tensor, code: str, levels: int, signed
     Error:  for constant input that of `fasfx::fire` after as many steps.
     Grad:   of what would be sent without rounding: all that is unsent, as far as one spike reaches; the rest goes
             to `sent`, and so back through time.
+    Source: the code's row in fasfx.ops.codes; running estimates: docs/decisions/0008-synchronous.md.
     """
     row = ticking(code)
     number = number.to(u.dtype)
