@@ -144,6 +144,7 @@ def _as_byte(gm: GraphModule, neuron: Node) -> Node:
     byte = insert(gm, first, neuron, ops.byte_count.op, value, *neuron.args[1:])
     for move in reversed(moves):
         byte = insert(gm, move, move, move.target, byte, *move.args[1:])
+        byte.meta["moves_spikes_of"] = neuron.meta["site"]
     return byte
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -79,10 +79,14 @@ class SpikeRecorder(Interpreter):
         return found
 
     def run_node(self, n: Node) -> Any:
-        """Note the spikes of a neuron, running it."""
+        """Note the spikes of a neuron, running it, and move those of one that stands before a view of its site."""
         result = super().run_node(n)
         if n.target in ops.CLOSED | {ops.tick.op}:
             self._record(n, result)
+        elif (site := n.meta.get("moves_spikes_of")) in self._events:
+            move: Any = n.target
+            _, *how = cast("tuple[Any, ...]", self.map_nodes_to_values(n.args, n))
+            self._events[site][-1] = torch.stack([move(step, *how) for step in self._events[site][-1]])
         return result
 
     def _record(self, node: Node, result: Tensor) -> None:

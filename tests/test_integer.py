@@ -25,10 +25,12 @@ from fasfx.integer import rounded, step
 from fasfx.ops.byte_count import WIDEST, fits, pair_limit, zero_of
 from fasfx.ops.integer_matmul import EXACT
 from fasfx.orthogonal import rotation
-from fasfx.passes import Round, Smooth
+from fasfx.passes import Clip, Fold, Lower, Round, Smooth, Substitute
 from fasfx.passes.observe import lift_of
 from fasfx.program import facts
+from fasfx.runner import Runner
 from fasfx.runtime import OnnxModel
+from fasfx.runtime.spikes import SpikeRecorder
 from fasfx.synapses import VIEWS, is_byte
 from fasfx.tools.bench.models import TINY, tiny, tiny_inputs
 
@@ -357,6 +359,23 @@ def test_views_and_transposes_move_bytes() -> None:
     _, snn = converted("bert")
     moved = [node for node in snn.graph_module.graph.nodes if node.target in VIEWS and is_byte(node)]
     assert len(moved) >= 2 * 4 * 2  # queries, keys, values and what is mixed of them, a view and a transpose each
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_spikes_are_those_of_the_site_wherever_bytes_are_moved(family: str) -> None:
+    _, snn = converted(family)
+    inputs = batch(family)
+    in_float = SpikeRecorder(
+        Runner([Clip(), Substitute(), Fold(), Lower(bytes_travel=False)]).run(snn.ranged), snn._static_thresholds()
+    )
+    in_float.run(*(inputs[name] for name in snn.input_names))
+    trains = snn.spikes(**inputs)
+    assert trains.keys() == in_float.trains.keys()
+    for site, train in in_float.trains.items():
+        assert trains[site].events.shape == train.events.shape
+        assert trains[site].decode().shape == train.events.shape[1:]
+        differing = trains[site].counts() != train.counts()  # next to a tie rounding of float sums decides
+        assert differing.float().mean() < 0.01
 
 
 def test_spike_quantizer_writes_the_integer_form(tmp_path: Path) -> None:
