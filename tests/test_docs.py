@@ -5,6 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import fasfx
+from fasfx.levels import LEVELS
+from fasfx.passes import PIPELINE
+from fasfx.tools import docs
+from fasfx.tools.bench.models import tiny, tiny_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -18,17 +25,47 @@ def test_relative_links_resolve(page: Path) -> None:
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
+def test_every_pass_level_operator_and_public_name_has_its_place() -> None:
+    pages = docs.pages()
+    operators = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fasfx::")}
+    assert {f"operators/{name.removeprefix('fasfx::')}.md" for name in operators} <= pages.keys()
+    assert all(f"passes/{number}-{one.name}.md" in pages for number, one in enumerate(PIPELINE, 1))
+    assert all(f"levels/{number}-{name.lower()}.md" in pages for number, name in enumerate(LEVELS))
+    for module in (fasfx.runtime, fasfx.tools):
+        assert all(f"## {name}\n" in pages[f"api/{module.__name__}.md"] for name in module.__all__)
+    assert "Source: Bu et al., ICLR 2022" in pages["operators/qcfs.md"]
+    assert "[qcfs](../operators/qcfs.md)" in pages["levels/3-clipped.md"]
+
+
+def test_generated_pages_are_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert docs.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def code(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.DOTALL)
+
+
 def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/tutorial.md").read_text("utf-8"), re.M | re.DOTALL)
     names: dict[str, Any] = {}
-    exec("\n".join(blocks), names)
+    exec("\n".join(code("docs/tutorial.md")), names)
     tuning = names["tuned"].tuning
     assert names["snn"].coverage.spike_driven_macs == 1.0
     assert tuning["neuron"].mean() <= tuning["layer"].mean() <= tuning["before"].mean()
     assert names["tuned"].timesteps == 4
     assert (names["spiking"] == names["labels"]).float().mean() > 0.5  # of eight topics
     assert (names["spiking"] == names["deployed"]).all()
+
+
+@pytest.mark.slow
+def test_answers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": tiny("bert"), "batches": [tiny_inputs("bert", seed=seed) for seed in (1, 2)]}
+    for block in code("docs/faq.md"):
+        exec(block, names)
+    assert names["snn"].coverage.spike_driven_macs == 1.0
+    assert len(names["answers"]) == names["fast"].timesteps
+    assert names["measured"].table["relative_l2"].is_monotonic_decreasing
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`fasfx passes ...`, and every command and file of the two guides, with the example package installed by pip."""
+"""`fasfx passes ...`, and every command and file of the guides, with the example package installed by pip."""
 
 from __future__ import annotations
 
@@ -118,6 +118,12 @@ def passes(guide: Path) -> bool:
 
 def test_the_other_commands_of_the_debugging_guide(guide: Path) -> None:
     for command in commands("debugging.md")[5:]:
+        result = run(command)
+        assert result.exit_code == 0, (command, result.output)
+
+
+def test_the_commands_of_the_answers(guide: Path) -> None:
+    for command in commands("faq.md"):
         result = run(command)
         assert result.exit_code == 0, (command, result.output)
 
