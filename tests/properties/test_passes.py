@@ -545,6 +545,21 @@ def test_broken_promise_names_pass_node_and_line() -> None:
     assert " in b" in message and "strategies.py:" in message  # the user's module and line
 
 
+class Early(Pass):
+    """Clips, and says that the program is where it was."""
+
+    name, takes, gives = "early", "RANGED", "RANGED"
+
+    def rewrite(self, gm: GraphModule) -> bool:
+        return Clip().rewrite(gm)
+
+
+def test_operators_of_another_level_are_named() -> None:
+    ranged = stages(net("mlp"), SpikeConfig(nonlinear="exact"))["RANGED"]
+    with pytest.raises(LevelError, match=r"after pass early .* RANGED .*:\n.*qcfs.*: does not belong to RANGED"):
+        Runner([Early()]).run(ranged)
+
+
 class Failing(Pass):
     """Raises an error of its own."""
 
