@@ -49,11 +49,10 @@ def pass_page(number: int, one: Any) -> str:
 
 def level_page(level: Level) -> str:
     """What holds at a level, which pass gives it, which of fasfx's operators are allowed, and what is checked."""
-    makers = [name for name in PASSES if name == level.made_by]
     staying = [one.name for one in PIPELINE if one.takes == one.gives == level.name]
     allowed = [f"[{_name(op)}](../operators/{_name(op)}.md)" for op in sorted(level.operators, key=_name)]
     lines = [f"# {level.name}", "", f"{level.meaning[0].upper()}{level.meaning[1:]}.", ""]
-    lines += [f"- made by: {', '.join(map(_pass_link, makers))}"]
+    lines += [f"- made by: {_pass_link(level.made_by)}"]
     lines += [f"- passes that keep it: {', '.join(map(_pass_link, staying)) or 'none'}"]
     lines += [f"- operators of fasfx allowed: {', '.join(allowed) or 'none'}", ""]
     lines += ["What the runner checks after every pass that ends here, besides the operators:", ""]
@@ -67,17 +66,10 @@ def operator_page(op: torch._ops.OpOverload) -> str:
     file = getattr(ops, name)
     onnx = getattr(file, f"onnx_{name}", None)
     where = [f"[{name}](../{_level_file(name)})" for name, level in LEVELS.items() if op in level.operators]
-    lines = [
-        f"# {name}",
-        "",
-        f"{inspect.getdoc(file)}",
-        "",
-        f"```text\n{op._schema}\n```",
-        "",
-        text_block(getattr(file, name)),
-    ]
+    lines = [f"# {name}", "", f"{inspect.getdoc(file)}", "", f"```text\n{op._schema}\n```"]
+    lines += ["", text_block(getattr(file, name))]
     lines += ["", f"- levels: {', '.join(where)}"]
-    lines += [f"- ONNX: {inspect.getdoc(onnx) if onnx else 'no form; `lower` replaces it'}"]
+    lines += [f"- ONNX: {inspect.getdoc(onnx) if onnx else 'no form: no lowered program has it'}"]
     return "\n".join(lines) + "\n"
 
 
