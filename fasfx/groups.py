@@ -26,6 +26,7 @@ from fasfx.ops.functions import FUNCTIONS, Function, X, numeric
 QUARTER = 0.25  # of a neuron's bound; docs/decisions/0009-neuron-groups.md has the figures
 MOST_LEVELS = 24  # more than any code has: what is left is what T steps leave unsent
 _SAMPLES = 33
+Piece = tuple[float, float]  # both ends of a segment
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +87,10 @@ def group(
     room = (curve.high - curve.low) / (2 * (size or 2))
     unit = 2.0 ** math.floor(math.log2(min(tolerance / 2 / curve.steepest, room)))
     widest = unit * 2 ** (row.capacity(steps, levels).bit_length() - 1)
-    k = size or 2
+    k, pieces = size or 2, [*_powers_of_two(curve.rest, curve.low), *_powers_of_two(curve.rest, curve.high)]
     while True:
-        found = _fit(curve, _split(curve, k, unit, widest), unit, code, steps)
+        pieces = _split(curve, pieces, k, unit, widest)
+        found = _fit(curve, pieces, unit, code, steps)
         if size is not None or found.bound <= tolerance:
             return found
         k = max(2 * k, found.size)
@@ -100,7 +102,7 @@ class _Curve:
     def __init__(self, function: Function, low: float, high: float) -> None:
         self.function, self.low, self.high = function, low, high
         self.rest = 0.0 if low < 0 < high else low
-        self._value = numeric(function.core)
+        self._value, self.enclosure = numeric(function.core), Enclosure(function.core)
 
     def ramp(self, x: Tensor) -> Tensor:
         left, right = self.function.left or (0.0, 0.0), self.function.right or (0.0, 0.0)
@@ -109,12 +111,12 @@ class _Curve:
     def __call__(self, x: Tensor) -> Tensor:
         return self._value(x) - self.ramp(x)
 
-    def error(self, low: float, high: float) -> float:
-        """The signed deviation of the chord from the curve, where it is largest."""
-        x = torch.linspace(low, high, _SAMPLES, dtype=torch.float64)
-        y = self(x)
-        gap = torch.lerp(y[0], y[-1], torch.linspace(0, 1, _SAMPLES, dtype=torch.float64)) - y
-        return float(gap[gap.abs().argmax()])
+    def error(self, low: Tensor, high: Tensor) -> Tensor:
+        """The signed deviation of every chord from the curve, where it is largest; low, high and result [K]."""
+        share = torch.linspace(0, 1, _SAMPLES, dtype=torch.float64)
+        y = self(low[:, None] + (high - low)[:, None] * share)
+        gap = torch.lerp(y[:, :1], y[:, -1:], share) - y
+        return gap.gather(1, gap.abs().argmax(1, keepdim=True)).squeeze(1)
 
     @property
     def steepest(self) -> float:
@@ -137,25 +139,31 @@ class _Curve:
         return x, y
 
 
-def _split(curve: _Curve, size: int, unit: float, widest: float) -> list[tuple[float, float]]:
-    """At least `size` segments by halving the worst, and more until none is wider than `widest`."""
-    pieces = [*_powers_of_two(curve.rest, curve.low), *_powers_of_two(curve.rest, curve.high)]
-    heap = [(-_badness(curve, *piece, widest), piece) for piece in pieces]
+def _split(curve: _Curve, pieces: list[Piece], size: int, unit: float, widest: float) -> list[Piece]:
+    """At least `size` segments by halving the worst of these, and more until none is wider than `widest`."""
+    heap = [*_ranked(curve, pieces, widest)]
     heapq.heapify(heap)
     while len(heap) < size or heap[0][0] == -math.inf:
         _, (a, b) = heapq.heappop(heap)
         if b - a <= unit:
             raise ConfigError(f"{size} neurons for {curve.function.name} are more than its input can tell apart")
-        for piece in ((a, (a + b) / 2), ((a + b) / 2, b)):
-            heapq.heappush(heap, (-_badness(curve, *piece, widest), piece))
+        for half in _ranked(curve, [(a, (a + b) / 2), ((a + b) / 2, b)], widest):
+            heapq.heappush(heap, half)
     return sorted(piece for _, piece in heap)
 
 
-def _fit(curve: _Curve, pieces: list[tuple[float, float]], unit: float, code: str, steps: int) -> Group:
+def _ranked(curve: _Curve, pieces: list[Piece], widest: float) -> Iterator[tuple[float, Piece]]:
+    """Segments behind what sorts the worst first."""
+    low, high = torch.tensor(pieces, dtype=torch.float64).T
+    badness = curve.error(low, high).abs().masked_fill(high - low > widest, math.inf)
+    return zip((-badness).tolist(), pieces, strict=True)
+
+
+def _fit(curve: _Curve, pieces: list[Piece], unit: float, code: str, steps: int) -> Group:
     """The group with these segments."""
     function = curve.function
     edges = torch.tensor([a for a, _ in pieces] + [pieces[-1][1]], dtype=torch.float64)
-    errors = torch.tensor([curve.error(a, b) for a, b in pieces], dtype=torch.float64)
+    errors = curve.error(edges[:-1], edges[1:])
     # Each segment's chord lies on one side of the curve: half its error moves it to the middle.
     padded = torch.cat([errors[:1], errors, errors[-1:]])
     values = curve(edges) - (padded[:-1] + padded[1:]) / 4
@@ -168,7 +176,7 @@ def _fit(curve: _Curve, pieces: list[tuple[float, float]], unit: float, code: st
     return Group(function.name, edges, values, unit, curve.rest, code, steps, _certified(curve, edges, values), sent)
 
 
-def _powers_of_two(start: float, end: float) -> Iterator[tuple[float, float]]:
+def _powers_of_two(start: float, end: float) -> Iterator[Piece]:
     """The way from start to end in pieces whose widths are powers of two, the widest first; each as (low, high)."""
     sign = 1 if end > start else -1
     while start != end:
@@ -177,17 +185,9 @@ def _powers_of_two(start: float, end: float) -> Iterator[tuple[float, float]]:
         start = step
 
 
-def _badness(curve: _Curve, low: float, high: float, widest: float) -> float:
-    return math.inf if high - low > widest else abs(curve.error(low, high))
-
-
 def _certified(curve: _Curve, edges: Tensor, values: Tensor) -> float:
     """sup |f - piecewise linear| over the whole line."""
-    enclosure = Enclosure(curve.function.core)
-    lines = (values + curve.ramp(edges)).tolist()
-    points = edges.tolist()
-    segments = zip(points, points[1:], lines, lines[1:], strict=False)
-    inside = max(enclosure.deviation(*segment) for segment in segments)
+    inside = curve.enclosure.deviation(edges, values + curve.ramp(edges))
     decay = curve.function.decay
     return inside if decay is None else max(inside, float(decay.subs(X, curve.high)))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import TreeSpec
 
 from fasfx.config import SpikeConfig
@@ -140,7 +141,7 @@ def copy_program(gm: GraphModule) -> GraphModule:
     graph._codegen = copy.copy(gm.graph._codegen)
     output, old_output = graph.output_node(), gm.graph.output_node()
     output.meta, output.name = copy.copy(old_output.meta), old_output.name
-    new = GraphModule(gm, graph)
+    new = _LazyGraphModule(gm, graph)  # compiled when it is first called: most copies never are
     new.meta = {**gm.meta, FACTS: facts_copy}
     new.train(gm.training)
     return new

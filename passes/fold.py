@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from fasfx import ops
 from fasfx.applying import may_apply
 from fasfx.ops.library import per_threshold
-from fasfx.program import add_tensor, arg, attribute, constants, decline, facts, insert
+from fasfx.program import add_tensor, arg, attribute, decline, facts, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler, strip
 from fasfx.synapses import CONVOLUTIONS, RELAYS, operand
@@ -35,17 +35,16 @@ class Fold(Pass):
 
     def rewrite(self, gm: GraphModule) -> bool:
         """Make every static neuron a unit neuron, then move both scales away."""
-        fixed = constants(gm)
-        neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if n.args[1] in fixed]
-        scales = dict(neuron_to_unit(gm, n) for n in neurons if may_apply(self.name, "neuron_to_unit", n))
         scaler = Scaler(gm)
+        neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if scaler.is_fixed(n.args[1])]
+        scales = dict(neuron_to_unit(gm, scaler, n) for n in neurons if may_apply(self.name, "neuron_to_unit", n))
         for reader in dict.fromkeys(reader for unit in scales for reader in _readers(unit)):
             units = dict.fromkeys(value for n in reader.all_input_nodes if (value := operand(n)) in scales)
             moves = may_apply(self.name, "scale_to_reader", reader)
             if moves and scale_to_reader(gm, scaler, scales, reader):
                 continue
             for unit in units:
-                _decode_before(gm, unit, scales[unit], reader)
+                _decode_before(gm, scaler, unit, scales[unit], reader)
             if moves:
                 decline(gm, self.name, "scale_to_reader", reader.name, f"{SUMMED} of {reader.target}")
         for unit in scales:
@@ -54,14 +53,14 @@ class Fold(Pass):
         return bool(neurons)
 
 
-def neuron_to_unit(gm: GraphModule, node: Node) -> tuple[Node, Tensor]:
+def neuron_to_unit(gm: GraphModule, scaler: Scaler, node: Node) -> tuple[Node, Tensor]:
     """fire(x, theta) -> fire(x * N / theta, N); returns the unit neuron and theta / N, still to be placed."""
     x, theta_node, *neuron = node.args[:6]
     assert isinstance(theta_node, Node)
     theta = strip(attribute(gm, str(theta_node.target)).detach().clone())
     top = facts(gm).config.unit(arg(node, 3))
     up = insert(gm, node, node, aten.mul.Tensor, x, 1.0)
-    Scaler(gm).set_factor(up, per_threshold(top, theta))
+    scaler.set_factor(up, per_threshold(top, theta))
     one = add_tensor(gm, "unit_threshold", torch.tensor(float(top), dtype=theta.dtype, device=theta.device), node)
     given = (up, one, *neuron)
     if len(node.args) > 6:
@@ -137,10 +136,10 @@ def _multiply_output(gm: GraphModule, scaler: Scaler, node: Node, scale: Tensor)
     scaler.set_factor(product, scale)
 
 
-def _decode_before(gm: GraphModule, unit: Node, scale: Tensor, reader: Node) -> None:
+def _decode_before(gm: GraphModule, scaler: Scaler, unit: Node, scale: Tensor, reader: Node) -> None:
     """Decode the counts just before this reader."""
     decoded = insert(gm, reader, unit, aten.mul.Tensor, unit, 1.0)
-    Scaler(gm).set_factor(decoded, scale)
+    scaler.set_factor(decoded, scale)
     for value in list(reader.all_input_nodes):
         if operand(value) is unit:
             reader.replace_input_with(value, decoded)

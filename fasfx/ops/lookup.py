@@ -58,20 +58,19 @@ class Cells(NamedTuple):
 
 def cells_of(edges: Tensor, unit: float, rest: float, code: str, steps: int) -> Cells:
     """From breakpoints [K + 1] in float64. The last half count is the end of the range."""
-    row, neurons, levels = CODES[code], neurons_of(edges, unit, rest), neurons_of(edges, unit, rest).levels
+    row, neurons = CODES[code], neurons_of(edges, unit, rest)
     cells = round(float(edges[-1] - edges[0]) / (unit / 2))
     middle = edges[0] + (torch.arange(cells + 1, dtype=edges.dtype, device=edges.device) + 0.5) * (unit / 2)
     middle[-1] = edges[-1]
     segment = (torch.searchsorted(edges, middle, right=True) - 1).clamp(0, len(edges) - 2)
     u = ((middle - neurons.start[segment]).abs() / unit).minimum(neurons.counts[segment])
-    counts, active = torch.zeros_like(u), torch.zeros_like(segment)
+    counts, active, full = torch.zeros_like(u), torch.zeros_like(segment), torch.zeros_like(neurons.counts).long()
     for top in neurons.counts.unique():
-        here = neurons.counts[segment] == top
-        events = row.spikes(u[here], steps, int(top).bit_length(), False)
-        counts[here] = row.decode(events, int(top).bit_length()).to(u.dtype)
+        here, levels = neurons.counts[segment] == top, int(top).bit_length()
+        events = row.spikes(u[here], steps, levels, False)
+        counts[here] = row.decode(events, levels).to(u.dtype)
         active[here] = (events != 0).sum(0)
-    trains = [row.spikes(top[None], steps, n, False) for top, n in zip(neurons.counts, levels, strict=True)]
-    full = torch.tensor([int((events != 0).sum()) for events in trains], device=edges.device)
+        full[neurons.counts == top] = (row.spikes(top, steps, levels, False) != 0).sum()
     upwards = neurons.direction > 0  # neurons between rest and this one are full
     between = torch.where(upwards, (full * upwards).cumsum(0), (full * ~upwards).flip(0).cumsum(0).flip(0)) - full
     return Cells(segment, counts, (between[segment] + active).to(torch.int32))

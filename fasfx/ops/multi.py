@@ -17,9 +17,9 @@ def spikes(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
     An event is +-(i + 1) with i the level, whose spike weighs theta * 2^-i, that is 2^(levels - 1 - i) counts.
     """
     unsent, events = _halves(u, capacity(steps, levels), signed).add_(0.5), []
+    spike = torch.empty_like(unsent)
     for _ in range(steps):
-        spike = _nearest_power(unsent.clone())
-        unsent.sub_(spike)
+        unsent.sub_(_nearest_power(spike.copy_(unsent)))
         events.append(event(spike.round_(), levels))  # to even: +-1/2, silence, becomes 0
     return torch.stack(events)
 
@@ -47,13 +47,18 @@ def _halves(u: Tensor, top: int, signed: bool) -> Tensor:
     return _wide(u, top).mul(2).clamp_(-2 * top if signed else 0, 2 * top).floor_()
 
 
-_BITS = {torch.float32: (torch.int32, 23), torch.float64: (torch.int64, 52)}  # dtype: same width, mantissa
+# dtype: integers of its width, bits of its mantissa, the exponent's bias
+_BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
 
 
 def _wide(u: Tensor, top: int) -> Tensor:
     """u in float32 or, where half counts up to `top` need it, in float64."""
-    wide = working(u, top)
-    return wide if wide.dtype in _BITS else wide.float()
+    return _readable(working(u, top))
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x in a dtype whose bits are known here."""
+    return x if x.dtype in _BITS else x.float()
 
 
 def _nearest_power(r: Tensor) -> Tensor:
@@ -63,7 +68,7 @@ def _nearest_power(r: Tensor) -> Tensor:
     rounding matters. Backends that cannot see a float's bits round r to one significant bit by Veltkamp's splitting,
     c - (c - r) with c = (2^p + 1) r and p the mantissa's bits: three exact operations.
     """
-    integer, mantissa = _BITS[r.dtype]
+    integer, mantissa, _ = _BITS[r.dtype]
     r.mul_(4 / 3).view(integer).bitwise_and_(-1 << mantissa)
     return r
 
@@ -98,8 +103,11 @@ def reach(u: Tensor, sent: Tensor, _: Tensor, levels: int, signed: bool) -> Tens
 
 def event(spike: Tensor, levels: int) -> Tensor:
     """+-(i + 1) with i the level, from a spike of 2^(levels - i) half counts; 0 for silence."""
-    level = levels + 1 - spike.abs().clamp(min=1).log2().round()
-    return torch.where(spike == 0, 0, level * spike.sign()).to(torch.int8)
+    spike = _readable(spike)
+    integer, mantissa, bias = _BITS[spike.dtype]
+    # the sign's bit is above the eight that are kept of the exponent
+    exponent = spike.view(integer).bitwise_right_shift(mantissa).sub_(bias).to(torch.int8)
+    return (levels + 1 - exponent).mul_(spike.sign().to(torch.int8))
 
 
 def activity(u: Tensor, steps: int) -> Tensor:
