@@ -55,36 +55,65 @@ def use_int8_weights(gm: GraphModule) -> None:
     that a processor which sums their products in 16 bits does not saturate.
     """
     scaler, carriers = Scaler(gm), Carriers(gm)
-    for node in list(gm.graph.nodes):
-        layer = node.target is aten.linear.default and carriers.is_sent(node.args[0]) and scaler.is_fixed(node.args[1])
-        embedding = node.target is aten.embedding.default and scaler.is_fixed(node.args[0])
-        if not (layer or embedding) or not may_apply("lower", "int8_weights", node):
-            continue
-        if layer:
-            _round_layer(gm, scaler, node)
-        else:
-            weight, scale = rounded(scaler.value_of(arg(node, 0)), 2 * LARGEST)
-            stored = weight.t().contiguous(), scale[:, None]
-            _replace(gm, node, ops.integer_embedding.op, stored, lambda n, at: (*at, n.args[1]))
+
+    def reading(target: Any, at: int) -> dict[Node, Tensor]:
+        found = [n for n in gm.graph.find_nodes(op="call_function", target=target) if scaler.is_fixed(n.args[at])]
+        return {n: scaler.value_of(arg(n, at)) for n in found}
+
+    layers = {n: w for n, w in reading(aten.linear.default, 1).items() if carriers.is_sent(n.args[0])}
+    layers = {n: w for n, w in layers.items() if may_apply("lower", "int8_weights", n)}
+    kept = dict[Node, tuple[Node, Tensor]]()
+    for node, weight in reading(aten.embedding.default, 0).items():
+        if may_apply("lower", "int8_weights", node):
+            _round_embedding(gm, node, weight, layers, kept)
+    for node, weight in layers.items():
+        stored: tuple[Any, Tensor] = kept.get(node) or rounded(weight, _pair(node))
+        bias = arg(node, 2) if len(node.args) > 2 else None
+        _replace(gm, node, ops.integer_linear.op, (arg(node, 0),), *stored, (bias, 0))
 
 
-def _round_layer(gm: GraphModule, scaler: Scaler, node: Node) -> None:
-    neuron: Any = arg(node, 0)
-    pair = pair_limit(*neuron.args[1:]) if neuron.target is ops.count.op else 2 * LARGEST
-    bias = arg(node, 2) if len(node.args) > 2 else None
-    stored = rounded(scaler.value_of(arg(node, 1)), pair)
-    _replace(gm, node, ops.integer_linear.op, stored, lambda n, at: (neuron, *at, bias, 0))
+def _round_embedding(
+    gm: GraphModule, node: Node, weight: Tensor, layers: dict[Node, Tensor], kept: dict[Node, tuple[Node, Tensor]]
+) -> None:
+    """An embedding in int8. Layers whose weights are its own, but for a factor, have the same integers."""
+    twins = {layer: factor for layer, own in layers.items() if (factor := multiple(own, weight))}
+    whole, scale = rounded(weight, min(map(_pair, twins), default=2 * LARGEST))
+    rows: Node | Tensor = whole.t().contiguous()
+    if twins:
+        at = add_tensor(gm, f"{node.name}_int8", whole, node)
+        rows = insert(gm, node, node, aten.t.default, at)
+        kept |= {layer: (at, scale * factor) for layer, factor in twins.items()}
+    _replace(gm, node, ops.integer_embedding.op, (), rows, scale[:, None], (node.args[1],))
 
 
-def _replace(gm: GraphModule, node: Node, target: Any, stored: tuple[Tensor, Tensor], arguments: Any) -> None:
-    """Put an operator with int8 weights in the place of a node; the ledger says what that costs."""
-    at = [add_tensor(gm, f"{node.name}_{n}", v, node) for n, v in zip(("int8", "scale"), stored, strict=True)]
-    new = insert(gm, node, node, target, *arguments(node, at))
+def multiple(weight: Tensor, of: Tensor) -> float:
+    """The factor that makes one weight the other, up to float rounding; 0 if there is none."""
+    if weight.shape != of.shape:
+        return 0.0
+    at = of.abs().argmax()
+    factor = weight.flatten()[at] / of.flatten()[at]
+    return float(factor) if torch.allclose(weight, factor * of, rtol=1e-5, atol=0.0) else 0.0
+
+
+def _pair(layer: Node) -> int:
+    """What two adjacent weights of a layer may be together."""
+    neuron: Any = arg(layer, 0)
+    return pair_limit(*neuron.args[1:]) if neuron.target is ops.count.op else 2 * LARGEST
+
+
+def _replace(
+    gm: GraphModule, node: Node, target: Any, first: Any, whole: Node | Tensor, scale: Tensor, last: Any
+) -> None:
+    """Put an operator with int8 weights (and what comes before and after them) in the place of a node.
+
+    The ledger says what that costs.
+    """
+    if isinstance(whole, Tensor):
+        whole = add_tensor(gm, f"{node.name}_int8", whole, node)
+    new = insert(gm, node, node, target, *first, whole, add_tensor(gm, f"{node.name}_scale", scale, node), *last)
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
-    facts(gm).ledger.add(
-        Entry("lower", "int8_weights", new.name, module_path(new), ROUNDED, float(stored[1].max()) / 2)
-    )
+    facts(gm).ledger.add(Entry("lower", "int8_weights", new.name, module_path(new), ROUNDED, float(scale.max()) / 2))
 
 
 def rounded(weight: Tensor, pair: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,12 @@ def rotation(size: int) -> Tensor:
     return signs * torch.kron(sylvester(power) / math.sqrt(power), cosines(size // power).contiguous())
 
 
+def blockwise(size: int) -> Tensor:
+    """[size, size] in float64: a Hadamard matrix for every block of the largest power of two that divides the size."""
+    power = size & -size
+    return torch.kron(torch.eye(size // power, dtype=torch.float64), sylvester(power) / math.sqrt(power))
+
+
 def cosines(size: int) -> Tensor:
     """The orthonormal discrete cosine transform (type II)."""
     k, n = torch.meshgrid(*[torch.arange(size, dtype=torch.float64)] * 2, indexing="ij")

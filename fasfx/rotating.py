@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from torch.fx import GraphModule, Node
 from fasfx import ops
 from fasfx.heads import Values
 from fasfx.ops.hadamard import sylvester
-from fasfx.orthogonal import rotation, without_mean
+from fasfx.orthogonal import blockwise, rotation, without_mean
 from fasfx.program import add_tensor, arg, arguments, constants, fake, insert
 from fasfx.scales import Scaler
-from fasfx.streams import Stream, is_layer, width_of
+from fasfx.streams import Stream, is_layer, tied_heads, width_of
 from fasfx.synapses import CONVOLUTIONS, carried_values, is_gated
 
 aten = torch.ops.aten
@@ -22,8 +23,13 @@ BLOCK = 64  # channels that are mixed at run time, at most
 
 
 def rotate_stream(gm: GraphModule, stream: Stream) -> None:
-    """Write Q (and the mean that layer norms take off) into the weights around a stream."""
-    weights, q = Weights(gm), rotation(stream.size)
+    """Write Q (and the mean that layer norms take off) into the weights around a stream.
+
+    A head that reads with the embedding's weights goes on doing so: Q is then made of sums and differences, which are
+    taken back before its norm and taken again behind it.
+    """
+    weights, tied = Weights(gm), tied_heads(stream)
+    q = blockwise(stream.size) if tied else rotation(stream.size)
     writing = without_mean(stream.size) @ q if stream.centred else q
     for node in stream.writers:
         if node.target is aten.linear.default:
@@ -37,11 +43,18 @@ def rotate_stream(gm: GraphModule, stream: Stream) -> None:
         else:
             _rotate_constant(gm, weights, stream, node, writing)
     for layer, source in stream.readers.items():
+        if layer in tied:
+            layer.update_arg(1, tied[layer].args[0])
+            continue
         if source in stream.norms:
             _take_up_norm(gm, weights, layer, source)
         weights.change(layer, 1, lambda w: w @ q)
+    turned = {stream.readers[layer] for layer in tied}
     for norm in stream.norms:
-        _plain(gm, norm, stream.size)
+        if norm in turned:
+            _turned(gm, weights, norm, stream.size)
+        else:
+            _plain(gm, norm, stream.size)
 
 
 def _rotate_constant(gm: GraphModule, weights: Weights, stream: Stream, node: Node, q: Tensor) -> None:
@@ -68,13 +81,28 @@ def _take_up_norm(gm: GraphModule, weights: Weights, layer: Node, norm: Node) ->
 
 def _plain(gm: GraphModule, norm: Node, size: int) -> None:
     """A root mean square norm with unit weights, which thresholds can still go into."""
-    eps = arguments(norm)["eps"]
     value = fake(norm)
     assert value is not None
-    one = add_tensor(gm, f"{norm.name}_weight", torch.ones(size, dtype=value.dtype, device=value.device), norm)
-    new = insert(gm, norm, norm, aten.rms_norm.default, arg(norm, 0), [size], one, eps)
-    norm.replace_all_uses_with(new)
+    one = torch.ones(size, dtype=value.dtype, device=value.device)
+    norm.replace_all_uses_with(_rms_norm(gm, norm, arg(norm, 0), one, arguments(norm)["eps"]))
     gm.graph.erase_node(norm)
+
+
+def _turned(gm: GraphModule, weights: Weights, norm: Node, size: int) -> None:
+    """The norm of the stream as it was, turned again: hadamard twice, without its root of the block's size, is Q."""
+    block, value = size & -size, fake(norm)
+    assert value is not None
+    own = weights.value(arg(norm, 2)) if arg(norm, 2) is not None else value.new_ones(size)
+    eps = arguments(norm)["eps"] or torch.finfo(value.dtype).eps
+    stream = insert(gm, norm, norm, ops.hadamard.op, arg(norm, 0), block)
+    new = _rms_norm(gm, norm, stream, own / math.sqrt(block), eps * block)
+    norm.replace_all_uses_with(insert(gm, norm, norm, ops.hadamard.op, new, block))
+    gm.graph.erase_node(norm)
+
+
+def _rms_norm(gm: GraphModule, norm: Node, value: Node, weight: Tensor, eps: float | None) -> Node:
+    at = add_tensor(gm, f"{norm.name}_weight", weight, norm)
+    return insert(gm, norm, norm, aten.rms_norm.default, value, [len(weight)], at, eps)
 
 
 class Weights:

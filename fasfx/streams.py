@@ -77,6 +77,23 @@ def _stream(start: Node, fixed: set[Node]) -> Stream:
     return stream
 
 
+def tied_heads(stream: Stream) -> dict[Node, Node]:
+    """The linear layers that alone read a root mean square norm, with the weights of an embedding -> that embedding.
+
+    None where a power of two divides the width only into more blocks than a block has channels.
+    """
+    block = stream.size & -stream.size
+    if stream.centred or block * block < stream.size:
+        return {}
+    embeddings = {arg(node, 0): node for node in stream.writers if node.target is aten.embedding.default}
+    sources = [*stream.readers.values()]
+    return {
+        layer: embeddings[arg(layer, 1)]
+        for layer, source in stream.readers.items()
+        if source in stream.norms and sources.count(source) == 1 and arg(layer, 1) in embeddings
+    }
+
+
 def width_of(node: Node) -> int:
     """The static size of a value's last dim. Raises CannotRotate if it has none."""
     value = fake(node)

@@ -20,6 +20,7 @@ from fasfx.runner import Pass
 from fasfx.scales import Scaler
 from fasfx.synapses import operand, synapses
 
+aten = torch.ops.aten
 FED_BACK = Approximate("int8 weights, the error of each fed into those rounded after it")
 
 
@@ -56,5 +57,9 @@ def round_layers(gm: GraphModule, scaler: Scaler, site: Site, layers: list[Node]
     pair = pair_limit(*facts(gm).config.neuron(site.population), site.signed)
     rounded = fed_back(torch.cat(weights), pair, site.moment).split([len(weight) for weight in weights])
     for layer, weight in zip(layers, rounded, strict=True):
-        layer.update_arg(1, add_tensor(gm, f"{layer.name}_rounded", weight.contiguous(), layer))
+        old = arg(layer, 1)
+        new = add_tensor(gm, f"{layer.name}_rounded", weight.contiguous(), old)
+        layer.update_arg(1, new)
+        for lookup in [user for user in old.users if user.target is aten.embedding.default]:  # of the same weights
+            lookup.update_arg(0, new)
         facts(gm).ledger.add(Entry("round", "round_layers", layer.name, module_path(layer), FED_BACK))

@@ -21,10 +21,10 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 import fasfx
 from fasfx import ops
 from fasfx.feedback import block_of, fed_back
-from fasfx.integer import rounded, step
+from fasfx.integer import multiple, rounded, step
 from fasfx.ops.byte_count import WIDEST, fits, pair_limit, zero_of
 from fasfx.ops.integer_matmul import EXACT
-from fasfx.orthogonal import rotation
+from fasfx.orthogonal import blockwise, rotation
 from fasfx.passes import Clip, Fold, Lower, Round, Smooth, Substitute
 from fasfx.passes.observe import lift_of
 from fasfx.program import facts
@@ -242,9 +242,11 @@ def test_exponentials_are_lifted_and_the_ledger_says_so() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 9, 48, 96, 576])
 def test_rotations_are_orthogonal_and_spread(size: int) -> None:
-    q = rotation(size)
-    assert torch.allclose(q @ q.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
-    assert float(q.abs().max()) <= (2 / size) ** 0.5 + 1e-12 or size == 1
+    one = torch.eye(size, dtype=torch.float64)
+    for q, spread in ((rotation(size), size), (blockwise(size), size & -size)):
+        assert torch.allclose(q @ q.T, one, atol=1e-12)
+        assert float(q.abs().max()) <= (2 / spread) ** 0.5 + 1e-12 or spread == 1
+    assert torch.allclose(ops.hadamard.op(one, size & -size) / (size & -size) ** 0.5, blockwise(size))
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -271,6 +273,49 @@ def test_rotation_evens_the_channels_of_a_stream_out() -> None:
         peaks = [site.peak for site in facts(observed.ranged).sites.values() if "norm" in site.name]
         ratios = [float(peak.max() / peak.median()) for peak in peaks if peak is not None and peak.dim()]
         assert ratios and (max(ratios) < 5) == even
+
+
+def tied() -> nn.Module:
+    """A tiny Llama whose head reads with the weights of the embedding, behind a norm with weights of its own."""
+    kind, config, settings = TINY["llama"]
+    torch.manual_seed(0)
+    model: nn.Module = kind(config(**settings | {"vocab_size": 300, "tie_word_embeddings": True})).eval()
+    with torch.no_grad():
+        model.model.norm.weight.uniform_(0.5, 2)
+    return model
+
+
+def test_a_tied_head_keeps_the_embeddings_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rotated, with error fed back, and as integers; the rotation changes nothing. A file holds them once."""
+    model, given = tied(), batch("llama", rows=16)
+    snn = fasfx.convert(model, [given | {"use_cache": False}], fasfx.SpikeConfig.integer())
+    graph = snn.graph_module.graph
+    (lookup,) = graph.find_nodes(op="call_function", target=ops.integer_embedding.op)
+    (kept,) = {node for node in graph.nodes if node.op == "get_attr" and node in lookup.args[0].args}
+    assert [user.target for user in kept.users if user is not lookup.args[0]] == [ops.integer_linear.op]
+    rounded_rows = snn(**batch("llama", seed=1)).logits
+    assert error(model, snn, batch("llama", seed=1)) < 0.1
+    snn.to_onnx(tmp_path)
+    weights = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.initializer
+    large = [w for w in weights if w.data_type == onnx.TensorProto.INT8 and model.config.vocab_size in w.dims]
+    assert len(large) == 1
+    found = OnnxModel(tmp_path, threads=1)(**batch("llama", seed=1)).logits
+    assert torch.allclose(torch.as_tensor(found), rounded_rows, rtol=1e-4, atol=1e-4)
+
+    monkeypatch.setattr(Round, "rewrite", lambda self, gm: False)
+    exact = fasfx.convert(model, [given | {"use_cache": False}], fasfx.SpikeConfig.integer())
+    with torch.no_grad():
+        same = exact.ranged(*[given[name] for name in exact.input_names])[0]
+        assert torch.allclose(same, model(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+@given(st.floats(0.01, 8), st.integers(0, 5))
+def test_a_multiple_is_one_factor_for_every_weight(factor: float, at: int) -> None:
+    weight = torch.tensor([[1.0, -2.0, 0.0], [0.5, 4.0, -1.5]])
+    assert multiple(weight * factor, weight) == pytest.approx(factor)
+    other = weight.clone()
+    other.view(-1)[at] += 0.1
+    assert multiple(other, weight) == 0 and multiple(weight.t(), weight) == 0
 
 
 def test_smooth_makes_int8_weights_more_exact(monkeypatch: pytest.MonkeyPatch) -> None:
