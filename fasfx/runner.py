@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch.fx import GraphModule
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
@@ -59,9 +60,11 @@ class Runner(PassManager):
     def run(self, gm: GraphModule) -> GraphModule:
         """The program after all passes; the one given is unchanged."""
         try:
-            return self(gm).graph_module  # type: ignore[no-any-return]
+            found: GraphModule = self(gm).graph_module
         except Exception as error:  # PassManager wraps what a pass raises; users get the pass's own error
             raise error.__cause__ or error from None
+        _LazyGraphModule.force_recompile(found)  # with the signature of its forward
+        return found
 
     def _around(self, one: PassBase) -> Callable[[GraphModule], PassResult]:
         name = str(getattr(one, "name", type(one).__name__))

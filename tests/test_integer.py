@@ -1,5 +1,6 @@
 """The integer form: counts as bytes, int8 weights, products in integers; and the passes that prepare ranges for it."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -432,6 +433,12 @@ def test_spike_quantizer_writes_the_integer_form(tmp_path: Path) -> None:
     assert error(model, OnnxModel(tmp_path, threads=1), given) < 0.1
     products = OnnxModel(tmp_path, threads=1).profile(**given).operator == "MatMulIntegerToFloat"
     assert products.sum() == 2 * 8 + 1
+
+
+def test_a_program_has_the_signature_of_its_inputs() -> None:
+    """Whoever exports or compiles it by hand reads it."""
+    _, snn = converted("bert")
+    assert list(inspect.signature(snn.graph_module.forward).parameters) == snn.input_names
 
 
 def test_counts_in_float_are_the_same_network(tmp_path: Path) -> None:
