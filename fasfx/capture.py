@@ -109,14 +109,14 @@ def tie(gm: GraphModule, original: nn.Module) -> None:
     gm.recompile()
 
 
-def dynamic_shapes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+def dynamic_shapes(tensors: Mapping[str, Tensor], longest: int | None = None) -> dict[str, dict[int, Any]]:
     """One batch symbol for dim 0 of every input, one length symbol for dim 1 of every integer or boolean input.
 
-    Inputs named decoder_* have a length of their own. Dims of floating point inputs (pixels, features) other
-    than the batch are static.
+    longest: the largest length. Inputs named decoder_* have a length of their own. Dims of floating point inputs
+    (pixels, features) other than the batch are static.
     """
     batch = Dim("batch", min=1)
-    lengths = {False: Dim("length", min=1), True: Dim("decoder_length", min=1)}
+    lengths = {False: Dim("length", min=1, max=longest), True: Dim("decoder_length", min=1)}
     shapes: dict[str, dict[int, Any]] = {}
     for name, value in tensors.items():
         shapes[name] = {0: batch} if value.dim() else {}
@@ -125,12 +125,18 @@ def dynamic_shapes(tensors: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
     return shapes
 
 
+def _longest(model: nn.Module, tensors: Inputs) -> int | None:
+    """The size of a text model's one table of positions: torch.export finds that limit too, but only by failing."""
+    tables = {value.shape[-1] for name, value in model.named_buffers() if name.split(".")[-1] == "position_ids"}
+    return tables.pop() if len(tables) == 1 and not any(v.is_floating_point() for v in tensors.values()) else None
+
+
 def _export_refining(model: nn.Module, tensors: Inputs, constants: Inputs) -> ExportedProgram:
     """Export, taking over the limits torch.export finds (a maximum length, a fixed size) until it is content.
 
     A condition on shapes that is no such limit (a length that must differ from another) is checked at run time.
     """
-    shapes: Any = dynamic_shapes(tensors)
+    shapes: Any = dynamic_shapes(tensors, _longest(model, tensors))
     defer = False
     for _ in range(MAX_REFINEMENTS):
         try:

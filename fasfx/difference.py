@@ -46,12 +46,13 @@ class Difference:
             )
         if mask is not None and mask.shape == reference.shape[: mask.dim()]:
             reference, value = reference[mask.bool()], value[mask.bool()]
-        reference, value = reference.detach().double(), value.detach().double()
-        self.squared += float((value - reference).square().sum())
-        self.reference += float(reference.square().sum())
-        self.value += float(value.square().sum())
-        self.product += float((value * reference).sum())
-        self.largest = max(self.largest, float((value - reference).abs().max()) if value.numel() else 0.0)
+        reference, value = reference.detach().double().flatten(), value.detach().double().flatten()
+        gap = value - reference
+        self.squared += float(gap @ gap)
+        self.reference += float(reference @ reference)
+        self.value += float(value @ value)
+        self.product += float(value @ reference)
+        self.largest = max(self.largest, float(torch.stack(gap.aminmax()).abs().max()) if gap.numel() else 0.0)
 
     @property
     def relative_l2(self) -> float:

@@ -250,12 +250,12 @@ class _SiteStatistics:
     ) -> None:
         """value, decoded [...]; events [T, ...]; theta broadcastable, None if dynamic (nothing is clipped then)."""
         self._difference.add(value, decoded)
-        self._spikes += int((events != 0).sum())
+        self._spikes += int(events.count_nonzero())
         self._slots += events.numel()
         self._values += value.numel()
         if theta is not None:
-            self._clipped += int((value.abs() > theta * (1 + 1e-6)).sum())
-        fired = reduce_peak((events != 0).any(0), channel or (-1,)).flatten()
+            self._clipped += int((value.abs() > theta * (1 + 1e-6)).count_nonzero())
+        fired = reduce_peak(events.any(0), channel or (-1,)).flatten()
         if self._fired is None or self._fired.shape == fired.shape:
             self._fired = fired if self._fired is None else self._fired | fired
 

@@ -42,7 +42,7 @@ class Interval:
         return self + -_interval(other)
 
     def __rsub__(self, other: Any) -> Interval:
-        return -self + other
+        return -self + _interval(other)
 
     def __mul__(self, other: Any) -> Interval:
         other = _interval(other)

@@ -58,14 +58,14 @@ class OperationCounter(SpikeRecorder):
         super()._record(node, result)
 
     def _keep(self, site: str, events: Tensor) -> None:
-        sent, fired = self.sites[site], events != 0
-        sent.spikes += int(fired.sum())
+        sent = self.sites[site]
+        sent.spikes += int(events.count_nonzero())
         sent.slots += events.numel()
         sent.values = events[0].numel()
         sent.low.append(events.flatten(1).amin(1))
         sent.high.append(events.flatten(1).amax(1))
         for node in self._convolutions.get(site, ()):
-            met = float((fired.sum(0) * fan_out(node, events[0])).sum())
+            met = float(((events != 0).sum(0) * fan_out(node, events[0])).sum())
             sent.reached[node.name] = sent.reached.get(node.name, 0.0) + met
 
 

@@ -114,17 +114,17 @@ class SpikeCounter(SpikeRecorder):
 
     def __init__(self, gm: GraphModule, thresholds: dict[str, Tensor]) -> None:
         super().__init__(gm, thresholds)
-        self._counts: dict[str, list[Tensor]] = {}
+        self._counts: dict[str, list[Tensor]] = {}  # a number for every step of each neuron
         self.values: dict[str, int] = {}
 
     @property
     def counts(self) -> dict[str, Tensor]:
         """Site name -> number of spikes in each step, int64 [T]."""
         steps = self._config.timesteps
-        return {site: torch.cat(parts).view(steps, -1).sum(1) for site, parts in self._counts.items()}
+        return {site: torch.stack(parts).view(steps, -1).sum(1) for site, parts in self._counts.items()}
 
     def _keep(self, site: str, events: Tensor) -> None:
-        self._counts.setdefault(site, []).append((events != 0).flatten(1).sum(1))
+        self._counts.setdefault(site, []).extend(step.count_nonzero() for step in events)
         self.values[site] = events[0].numel()
 
 

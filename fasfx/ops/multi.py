@@ -26,8 +26,8 @@ def spikes(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:
 
 def decode(events: Tensor, levels: int) -> Tensor:
     """The sum of the spikes' weights, int32."""
-    wide = events.to(torch.int32)
-    return torch.bitwise_left_shift(wide.sign(), levels - wide.abs()).sum(0, dtype=torch.int32)
+    sign, exponent = events.sign().to(torch.int32), (levels - events.abs()).to(torch.int32)
+    return sign.bitwise_left_shift(exponent).sum(0, dtype=torch.int32)
 
 
 def count(u: Tensor, steps: int, levels: int, signed: bool) -> Tensor:

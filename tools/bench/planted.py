@@ -1,19 +1,23 @@
-"""Three planted faults, each a monkeypatch: what the pass tools must find, down to rule and node."""
+"""Three planted faults, each in force inside a `with`: what the pass tools must find, down to rule and node."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from fasfx import ops
 from fasfx.config import SpikeConfig
 from fasfx.passes import clip, fold
+from fasfx.program import facts
+from fasfx.tools.bisecting import Culprit
 
 LAYER = "layer.1.intermediate.intermediate_act_fn"
 
@@ -27,10 +31,17 @@ class Fault:
     rule: str
     kind: str
     module: str
-    plant: Callable[[pytest.MonkeyPatch], None]
+    plant: Callable[[], AbstractContextManager[Any]]
+
+    def is_named_by(self, found: Culprit | None) -> bool:
+        """Whether bisect found this fault: its pass, its rule where it was applied first, and the node it broke."""
+        if found is None or found.application is None or found.node is None:
+            return False
+        named = (found.pass_name, found.application.rule, found.node.kind) == (self.pass_name, self.rule, self.kind)
+        return named and self.module in found.node.module and self.module in found.application.module
 
 
-def wrong_scale(patch: pytest.MonkeyPatch) -> None:
+def wrong_scale() -> AbstractContextManager[Any]:
     """fold takes the scale out of a product of two values 5 % too large."""
     right = fold.product_scale
 
@@ -38,10 +49,10 @@ def wrong_scale(patch: pytest.MonkeyPatch) -> None:
         found = right(left, righthand)
         return None if found is None else found * 1.05
 
-    patch.setattr(fold, "product_scale", wrong)
+    return mock.patch.object(fold, "product_scale", wrong)
 
 
-def swapped_step(patch: pytest.MonkeyPatch) -> None:
+def swapped_step() -> AbstractContextManager[Any]:
     """fasfx::fire sends its first two spikes of the radix code in the wrong order."""
     right = ops.CODES["radix"]
 
@@ -49,18 +60,18 @@ def swapped_step(patch: pytest.MonkeyPatch) -> None:
         events = right.spikes(u, steps, levels, signed)
         return torch.cat([events[1:2], events[:1], events[2:]])
 
-    patch.setitem(ops.CODES, "radix", dataclasses.replace(right, spikes=swapped))
+    return mock.patch.dict(ops.CODES, radix=dataclasses.replace(right, spikes=swapped))
 
 
-def low_threshold(patch: pytest.MonkeyPatch) -> None:
+def low_threshold() -> AbstractContextManager[Any]:
     """clip gives the sites of the second layer's intermediate linear a threshold that is 10 % too low."""
     right = clip.thresholds
 
-    def low(gm: Any) -> dict[str, Tensor]:
-        sites = clip.facts(gm).sites
+    def low(gm: GraphModule) -> dict[str, Tensor]:
+        sites = facts(gm).sites
         return {n: t * 0.9 if sites[n].module.endswith(LAYER) else t for n, t in right(gm).items()}
 
-    patch.setattr(clip, "thresholds", low)
+    return mock.patch.object(clip, "thresholds", low)
 
 
 RADIX = SpikeConfig(code="radix", timesteps=6)

@@ -1,0 +1,70 @@
+"""Pass tools and report: time to name a planted fault, what reduce leaves of it, time and size of the report."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import fasfx
+from fasfx import tools
+from fasfx.calibration import sentences, text_batches
+from fasfx.cli_reports import FEW
+from fasfx.tools.bench import cases, models, timing
+from fasfx.tools.bench.planted import FAULTS
+from fasfx.tools.bench.tables import Table, below
+
+NAMED_WITHIN, NODES = 180.0, 5  # seconds of processor time; operators that reduce may leave
+REPORTS = {"MiniLM-L6": (cases.minilm, 60.0), "SmolLM2-135M": (cases.smollm2, 300.0)}  # seconds
+SIZE = 3.0  # MB
+CONDITIONS = "one thread, processor time"
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def faults(quick: bool) -> Iterator[Table]:
+    """Every planted fault in MiniLM (quick: in a tiny BERT, functions in float)."""
+    batches = [models.tiny_inputs("bert")] if quick else cases.calibration("news", quick=True)
+    model, title = (models.tiny("bert"), "a tiny BERT") if quick else (cases.minilm()[0], "MiniLM-L6")
+    lines = []
+    for name, fault in FAULTS.items():
+        config = fault.config.replace(nonlinear="exact") if quick else fault.config
+        given = tools.subject(model, batches=batches, config=config)
+        with fault.plant():
+            found, bisecting = _timed(tools.bisect, given)
+            small, reducing = _timed(tools.reduce, given)
+        left = len(small.operators) if small else math.inf
+        figures = (bisecting, int(not fault.is_named_by(found)), left, reducing)
+        what = f"< {NAMED_WITHIN:.0f} s, right, ≤ {NODES}"
+        lines.append(below(name, figures, (NAMED_WITHIN, 1, NODES + 1, math.inf), what, "{:.0f}"))
+    columns = ("fault", "bisect, s", "named wrongly", "operators left", "reduce, s")
+    note = f"Named: pass, rule and node. `reduce` bisects too. {CONDITIONS.capitalize()}."
+    yield Table(f"Planted faults in {title}", columns, lines, note)
+
+
+def report(quick: bool) -> Iterator[Table]:
+    """The report of a converted network as `fasfx report` writes it without --data (quick: of MiniLM only)."""
+    lines = []
+    for title, (load, seconds) in [*REPORTS.items()][: 1 if quick else None]:
+        model, tokenizer = load()
+        with cases.undisturbed():
+            snn = fasfx.convert(model, text_batches(model, tokenizer, sentences()))
+        batches = text_batches(model, tokenizer, sentences()[:FEW])
+        with tempfile.TemporaryDirectory() as folder:
+            path, took = _timed(fasfx.report, model, snn, batches, Path(folder) / "report.html")
+            figures = (took, path.stat().st_size / 1e6)
+        lines.append(below(title, figures, (seconds, SIZE), f"< {seconds:.0f} s, < {SIZE:.0f} MB", "{:.1f}"))
+    yield Table("Report", ("", "s", "MB"), lines, f"Of {FEW} shipped sentences. {CONDITIONS.capitalize()}.")
+
+
+def _timed(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+    """What a call returns, and its processor time in seconds, on one thread."""
+    with timing.one_thread():
+        start = time.process_time()
+        return call(*args, **kwargs), time.process_time() - start
+
+
+PARTS = {"faults": faults, "report": report}
