@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
+from fasfx.copying import Programmed
 from fasfx.coverage import coverage, require_full
 from fasfx.devices import device_of, follow
 from fasfx.errors import ConfigError
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-class SpikingModel(nn.Module):
+class SpikingModel(Programmed):
     """A spiking network. Made by fasfx.convert or SpikingModel.from_pretrained.
 
     It keeps the calibrated program (level RANGED, original weights, shared); the passes after it run again when
     `timesteps` changes, because margins and folded weights depend on T.
     """
 
+    instead = "use save_pretrained(folder), and SpikingModel.from_pretrained(folder) where it is to run"
     graph_module: GraphModule
 
     def __init__(
