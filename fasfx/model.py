@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     import pandas
     from transformers import PretrainedConfig
 
+FOUND_FOR_A_T = {  # fact that holds the T: what was found, and by what
+    "tuned": ("thresholds and initial potentials were tuned", "fasfx.tune"),
+    "lifted": ("lifts of exponentials were found", "fasfx.convert"),
+}
+
 
 class SpikingModel(Programmed):
     """A spiking network. Made by fasfx.convert or SpikingModel.from_pretrained.
@@ -218,12 +223,11 @@ class SpikingModel(Programmed):
     def _set(self, **changes: Any) -> None:
         config = self.spike_config.replace(**changes)
         if config != self.spike_config:
-            if (tuned := facts(self.ranged).tuned) is not None and tuned != changes.get("timesteps", tuned):
-                warnings.warn(
-                    f"thresholds and initial potentials were tuned for T = {tuned} and stay as they are; "
-                    f"fasfx.tune at T = {changes['timesteps']} finds others",
-                    stacklevel=4,
-                )
+            for fact, (what, finder) in FOUND_FOR_A_T.items():
+                steps = getattr(facts(self.ranged), fact)
+                if steps is not None and steps != changes.get("timesteps", steps):
+                    now = f"{finder} at T = {changes['timesteps']} finds others"
+                    warnings.warn(f"{what} for T = {steps} and stay as they are; {now}", stacklevel=4)
             ranged = copy_program(self.ranged)
             facts(ranged).config = config
             self._build(ranged)
