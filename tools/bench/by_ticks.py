@@ -22,6 +22,7 @@ from fasfx.tools.bench.trained import TUNING, Kept, tuned
 PERCENT, FIGURE = "{:.2%}", "{:.3f}"
 CLOSE = 0.05  # what a quick run may lose
 QUICK_ROWS, QUICK_TUNING = 128, 4
+LAYER, BOTH = ("layer",), ("layer", "neuron")  # parts of stage II
 PAPER = 0.9663  # the energy that FAS saves by its own counting, of the layers that spike
 
 
@@ -80,7 +81,7 @@ def tables(case: Case, quick: bool) -> Iterator[Table]:
     yield Table(f"{title}: wall time of every cell, s", header, times, note)
     if task.score == "accuracy":
         at = case.trained if case.trained in ticks else ticks[-1]
-        snn = _tuned(case, made, at, ("layer", "neuron"), quick).model
+        snn = _tuned(case, made, at, BOTH, quick).model
         yield deployed(task, _both_forms(made, snn, at), rows, CLOSE if quick else 0.0)
         yield beside(task, made.original.model, snn, rows)
 
@@ -114,13 +115,10 @@ def _both_forms(made: Made, tuned: fasfx.SpikingModel, ticks: int) -> dict[str, 
 
 def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> dict[str, Cell]:
     """The column of one T: row -> cell."""
-    layer = _tuned(case, made, ticks, ("layer",), quick)
-    both = _tuned(case, made, ticks, ("layer", "neuron"), quick)
-    found = {
-        "uncalibrated": judge.cell(made.snn),
-        "after layer": judge.cell(layer.model, layer.seconds),
-        TUNED: judge.cell(both.model, both.seconds),
-    }
+    made.snn.schedule, made.snn.timesteps = "synchronous", ticks
+    found = {"uncalibrated": judge.cell(made.snn), "after layer": judge.cell(*_tuned(case, made, ticks, LAYER, quick))}
+    both = _tuned(case, made, ticks, BOTH, quick)
+    found[TUNED] = judge.cell(*both)
     errors = both.model.tuning
     found |= {f"alignment error, {s}": Cell(float(errors[s].mean()), PERCENT) for s in ("before", "layer", "neuron")}
     made.snn.schedule = "sequential"
