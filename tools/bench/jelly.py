@@ -20,18 +20,22 @@ from fasfx.tools.bench.tasks import Task
 
 STEPS = 8
 RECIPES = ("TransformerTDEquivalentRecipe", "STATransformerRecipe")
-PACKAGE = "spikingjelly.activation_based"
-EXAMPLE = f"{PACKAGE}.ann2snn.examples.bert_sst2_transformer_td_equivalent"
+EXAMPLE = "ann2snn.examples.bert_sst2_transformer_td_equivalent"
 
 
-def converted(model: nn.Module, recipe: str) -> nn.Module:
-    """A copy of the model by one of RECIPES. Raises what SpikingJelly raises; RuntimeUnavailableError without it."""
+def _module(name: str) -> Any:
+    """A module of SpikingJelly's. Raises RuntimeUnavailableError without it."""
     try:
-        ann2snn = importlib.import_module(f"{PACKAGE}.ann2snn")
+        return importlib.import_module(f"spikingjelly.activation_based.{name}")
     except ImportError as error:
         raise RuntimeUnavailableError(
             "spikingjelly is not there: pip install --no-deps -r requirements-data.txt"
         ) from error
+
+
+def converted(model: nn.Module, recipe: str) -> nn.Module:
+    """A copy of the model by one of RECIPES. Raises what SpikingJelly raises; RuntimeUnavailableError without it."""
+    ann2snn = _module("ann2snn")
     made = getattr(ann2snn, recipe)(time_steps=STEPS)
     return ann2snn.Converter(recipe=made).convert(copy.deepcopy(model))  # type: ignore[no-any-return]
 
@@ -41,25 +45,22 @@ def refusal(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)[:200]}"
 
 
-class FromEmbeddings:
-    """A BERT classifier, converted from what its embeddings give on, as in SpikingJelly's own example.
-
-    Called with token ids and mask [B, S] it gives the logits [B, classes]: the sum over STEPS steps.
-    """
+class FromEmbeddings(nn.Module):
+    """A BERT classifier, converted from what its embeddings give on, as in SpikingJelly's own example."""
 
     def __init__(self, model: Any, recipe: str) -> None:
-        self._example: Any = importlib.import_module(EXAMPLE)
-        self._functional: Any = importlib.import_module(f"{PACKAGE}.functional")
+        super().__init__()
         self._embeddings = model.bert.embeddings
-        self.rest = converted(self._example.BertSST2FromEmbeddings(model).eval(), recipe).eval()
-        self._functional.set_step_mode(self.rest, "m")
+        self._rest = converted(_module(EXAMPLE).BertSST2FromEmbeddings(model).eval(), recipe).eval()
+        _module("functional").set_step_mode(self._rest, "m")
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token ids and mask [B, S] -> logits [B, classes], the sum over STEPS steps."""
         embedded = self._embeddings(input_ids=input_ids)
         hidden = (1 - attention_mask[:, None, None, :].to(embedded)) * torch.finfo(embedded.dtype).min
-        self._functional.reset_net(self.rest)
-        steps = self._example.make_first_real_then_zero_sequence(embedded, STEPS)
-        logits: Tensor = self.rest(steps, hidden).sum(0)
+        _module("functional").reset_net(self._rest)
+        steps = _module(EXAMPLE).make_first_real_then_zero_sequence(embedded, STEPS)
+        logits: Tensor = self._rest(steps, hidden).sum(0)
         return logits
 
 
@@ -81,7 +82,8 @@ def beside(task: Task, original: nn.Module, snn: Any, rows: int | None) -> Table
         try:
             found = FromEmbeddings(original, recipe) if hasattr(original, "bert") else converted(original, recipe)
             lines.append(line(name, STEPS, found))
-            said.append(f"{name}: {_spiking(found)} of its modules are spiking neurons.")
+            spiking = sum(isinstance(module, _module("neuron").BaseNode) for module in found.modules())
+            said.append(f"{name}: {spiking} of its modules are spiking neurons.")
         except RuntimeUnavailableError:
             raise
         except Exception as error:
@@ -90,8 +92,3 @@ def beside(task: Task, original: nn.Module, snn: Any, rows: int | None) -> Table
     header = ("", "accuracy, %", "error of logits", "T", "wall time, s")
     note = "Error: relative L2, to the original. " + " ".join(said)
     return Table(f"{task.name}: SpikingJelly 2", header, lines, note)
-
-
-def _spiking(network: Any) -> int:
-    neuron: Any = importlib.import_module(f"{PACKAGE}.neuron")
-    return sum(isinstance(module, neuron.BaseNode) for module in getattr(network, "rest", network).modules())
