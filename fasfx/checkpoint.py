@@ -66,6 +66,7 @@ def write(gm: GraphModule, folder: Path) -> None:
         "ranges": program.ranges,
         "trained": program.trained,
         "tuned": program.tuned,
+        "lifted": program.lifted,
         "tuning": program.tuning,
         "sites": [_site_to_json(site) for site in program.sites.values()],
         "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
@@ -99,7 +100,7 @@ def read(folder: Path) -> GraphModule:
         gm = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(gm).constants = settings["constants"]
         facts(gm).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
-        for name in ("trained", "tuned", "tuning"):
+        for name in ("trained", "tuned", "lifted", "tuning"):
             setattr(facts(gm), name, settings.get(name, getattr(facts(gm), name)))
         token = facts(gm).config.granularity == "token"  # formats before 3 say so for the whole network
         sites = [{"dynamic": token and site["fixed"] is None} | site for site in settings["sites"]]

@@ -27,9 +27,10 @@ class Labelled:
         return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
-def read_labelled(file: Path) -> Labelled:
+def read_labelled(file: Path, least: int = 2) -> Labelled:
     """A .jsonl file of {"text": ..., "label": ...} or a .csv file with these columns.
 
+    least: how many classes there must be; two to train on.
     Raises DataError naming the line: no label, empty text, one class only, no lines, not readable.
     """
     if file.suffix not in (".jsonl", ".csv"):
@@ -44,7 +45,7 @@ def read_labelled(file: Path) -> Labelled:
         texts.append(text)
         labels.append(str(label).strip())
     found = Labelled(texts, labels)
-    if len(found.classes) < 2:
+    if len(found.classes) < least:
         what = f"one class only, {found.classes[0]!r}" if texts else "no examples"
         raise DataError(f"{file} holds {what}: classification needs examples of two classes at least")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree
 
-from fasfx.program import facts, fake_mode
+from fasfx.errors import ConfigError
+from fasfx.program import facts, fake, fake_mode
 
 
 def device_of(module: nn.Module) -> torch.device | None:
@@ -34,6 +35,17 @@ def follow(gm: GraphModule, device: torch.device | None) -> None:
     for name, site in sites.items():
         held = {f.name: getattr(site, f.name) for f in dataclasses.fields(site)}
         sites[name] = dataclasses.replace(site, **moved(held, device))
+
+
+def require_dtypes(gm: GraphModule, change: Callable[[Tensor], Tensor]) -> None:
+    """Raise ConfigError if a change of tensors is one of their dtype: torch.export writes dtypes into the graph."""
+    captured = {value.dtype for node in gm.graph.find_nodes(op="get_attr") if (value := fake(node)) is not None}
+    for dtype in captured:
+        if (wanted := change(torch.empty(0, dtype=dtype)).dtype) != dtype:
+            raise ConfigError(
+                f"the network was captured in {dtype} and cannot become {wanted}: prepare model.to({wanted}); "
+                "for mixed precision leave it, and use autocast or TrainingArguments(bf16=True)"
+            )
 
 
 def retarget(gm: GraphModule, device: torch.device) -> None:

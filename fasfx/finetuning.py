@@ -20,7 +20,9 @@ from fasfx.config import SpikeConfig
 from fasfx.conversion import convert
 from fasfx.datasets import Example, blocks, examples, read_labelled, split
 from fasfx.devices import device_of, moved
+from fasfx.difference import main_output
 from fasfx.errors import CheckpointError, ConfigError, RuntimeUnavailableError
+from fasfx.folders import check_place
 from fasfx.model import SpikingModel
 from fasfx.objective import Objective
 from fasfx.ranging import Progress
@@ -113,6 +115,7 @@ def _load(recipe: Recipe, tokenizer: Any) -> tuple[Any, list[Example], list[Exam
     """(model, rows to train on, rows to measure on, names of weights that are new)."""
     import transformers
 
+    check_place(recipe.model)
     kind = getattr(transformers, TASKS[recipe.task])
     settings: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if tokenizer.pad_token is None:
@@ -133,13 +136,27 @@ def _load(recipe: Recipe, tokenizer: Any) -> tuple[Any, list[Example], list[Exam
         names = parameters_of(model)
         rows = examples(tokenizer, data, classes, recipe.length, names)
         other = recipe.evaluation and examples(
-            tokenizer, read_labelled(Path(recipe.evaluation)), classes, recipe.length, names
+            tokenizer, read_labelled(Path(recipe.evaluation), least=1), classes, recipe.length, names
         )
     else:
         rows = blocks(tokenizer, read_texts(Path(recipe.data)), recipe.length)
         other = recipe.evaluation and blocks(tokenizer, read_texts(Path(recipe.evaluation)), recipe.length)
+        _require_causal(model, rows[0], recipe.model)
     train, held = (rows, other) if other else split(_shuffled(rows, recipe))
     return model, train, held, sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+
+
+@torch.no_grad()
+def _require_causal(model: Any, row: Example, name: str) -> None:
+    """Raise ConfigError if a token of a row changes what the model says before it, as in an encoder."""
+    ids = torch.tensor([row["input_ids"][:8]])
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
+    first, second = (main_output(model(input_ids=of))[:, :-1] for of in (ids, other))
+    if not torch.allclose(first, second):
+        raise ConfigError(
+            f"{name} reads the tokens that it is to predict: language modelling needs a causal model, not an encoder"
+        )
 
 
 def _order_of(model: str, classes: list[str]) -> list[str]:

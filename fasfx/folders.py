@@ -24,7 +24,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, list[str]]:
     import torch
     from transformers import AutoConfig
 
-    _check_place(source)
+    check_place(source)
     try:
         config = AutoConfig.from_pretrained(source)
         settings: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
@@ -38,7 +38,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, list[str]]:
     return model, sorted(info["missing_keys"])
 
 
-def _check_place(source: str) -> None:
+def check_place(source: str) -> None:
     """Raise CheckpointError for a path that cannot be a model folder; a hub id passes."""
     folder = Path(source)
     if folder.is_dir():

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 
 from fasfx.config import SpikeConfig
+from fasfx.copying import Programmed
 from fasfx.coverage import coverage, require_full
 from fasfx.devices import device_of, follow
 from fasfx.errors import ConfigError
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
     import pandas
     from transformers import PretrainedConfig
 
+FOUND_FOR_A_T = {  # fact that holds the T: what was found, and by what
+    "tuned": ("thresholds and initial potentials were tuned", "fasfx.tune"),
+    "lifted": ("lifts of exponentials were found", "fasfx.convert"),
+}
 
-class SpikingModel(nn.Module):
+
+class SpikingModel(Programmed):
     """A spiking network. Made by fasfx.convert or SpikingModel.from_pretrained.
 
     It keeps the calibrated program (level RANGED, original weights, shared); the passes after it run again when
@@ -39,6 +45,7 @@ class SpikingModel(nn.Module):
     graph_module: the program at LOWERED.   coverage: what is spike-driven; `.table` has a row for every operator.
     """
 
+    instead = "use save_pretrained(folder), and SpikingModel.from_pretrained(folder) where it is to run"
     graph_module: GraphModule
 
     def __init__(
@@ -218,12 +225,11 @@ class SpikingModel(nn.Module):
     def _set(self, **changes: Any) -> None:
         config = self.spike_config.replace(**changes)
         if config != self.spike_config:
-            if (tuned := facts(self.ranged).tuned) is not None and tuned != changes.get("timesteps", tuned):
-                warnings.warn(
-                    f"thresholds and initial potentials were tuned for T = {tuned} and stay as they are; "
-                    f"fasfx.tune at T = {changes['timesteps']} finds others",
-                    stacklevel=4,
-                )
+            for fact, (what, finder) in FOUND_FOR_A_T.items():
+                steps = getattr(facts(self.ranged), fact)
+                if steps is not None and steps != changes.get("timesteps", steps):
+                    now = f"{finder} at T = {changes['timesteps']} finds others"
+                    warnings.warn(f"{what} for T = {steps} and stay as they are; {now}", stacklevel=4)
             ranged = copy_program(self.ranged)
             facts(ranged).config = config
             self._build(ranged)

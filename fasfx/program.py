@@ -106,6 +106,7 @@ class Facts:
     trainable: bool = False  # captured for training: weights keep their names, dropout is there
     trained: int | None = None  # T of the closed forms that stage I trained with
     tuned: int | None = None  # T that stage II tuned for
+    lifted: int | None = None  # T that the lifts of sites were found for
     tuning: list[dict[str, Any]] = field(default_factory=list)  # stage II: every site's error after each stage
     outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils.checkpoint import checkpoint
 
 from fasfx.alignment import TINY, Recorder, disagreement, mean, relative_errors
 from fasfx.errors import ConfigError
@@ -37,9 +38,19 @@ FACTORS = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 5))  # of a thres
 
 
 class Student:
-    """The network as a step graph whose thresholds and potentials learn; everything else is frozen."""
+    """The network as a step graph whose thresholds and potentials learn; everything else is frozen.
 
-    def __init__(self, ranged: GraphModule, shapes: Callable[[GraphModule], Shapes], logits: float, spikes: float):
+    recompute: keep the activations of one tick only for the gradient.
+    """
+
+    def __init__(
+        self,
+        ranged: GraphModule,
+        shapes: Callable[[GraphModule], Shapes],
+        logits: float,
+        spikes: float,
+        recompute: bool = False,
+    ) -> None:
         program = Runner([Clip(), Substitute()]).run(ranged)
         set_dropout(program, False)
         freeze(program)
@@ -53,6 +64,7 @@ class Student:
         tidy(program)
         self.program, self._steps, self._ticks = program, StepGraph(program), facts(program).config.timesteps
         self._logits, self._spikes, self._sites = logits, spikes, frozenset(found)
+        self._recompute = recompute
         # A rate neuron spreads its initial potential over its ticks.
         self._spread = self._ticks if tick.ticking(facts(program).config.code).averages else 1
         self.scales = [p for n, p in program.named_parameters() if n.endswith(LOG_SCALE)]
@@ -66,11 +78,23 @@ class Student:
     def run(self, batch: Taught) -> tuple[Tensors, Any, Tensor]:
         """(what every site transmits after the last tick, the output then, spikes per value)."""
         sent, active = [*self._steps.state(batch.inputs).sent.values()], torch.zeros(())
-        for number in range(1, self._ticks + 1):
-            recorder = Recorder(self.program, spikes=self.sparse)
-            leaves, sent = recorder.run(*batch.inputs, torch.tensor(number), *sent)
-            active = active + mean(recorder.active)
-        return recorder.values, self._steps.output(leaves), active
+        for number in range(1, self._ticks):
+            given = (*batch.inputs, torch.tensor(number), *sent)
+            again = self._recompute and torch.is_grad_enabled()
+            sent, spikes = checkpoint(self._passing, *given, use_reentrant=False) if again else self._passing(*given)
+            active = active + spikes
+        recorder, leaves, _ = self._tick(*batch.inputs, torch.tensor(self._ticks), *sent)
+        return recorder.values, self._steps.output(leaves), active + mean(recorder.active)
+
+    def _tick(self, *given: Tensor) -> tuple[Recorder, list[Any], list[Tensor]]:
+        recorder = Recorder(self.program, spikes=self.sparse)
+        leaves, sent = recorder.run(*given)
+        return recorder, leaves, sent
+
+    def _passing(self, *given: Tensor) -> tuple[list[Tensor], Tensor]:
+        """A tick that is not the last: only its state and its spikes count."""
+        recorder, _, sent = self._tick(*given)
+        return sent, mean(recorder.active)
 
     def loss(self, batch: Taught) -> tuple[Tensor, Tensor]:
         """(the whole loss, the alignment in it)."""

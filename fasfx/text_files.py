@@ -23,6 +23,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         why = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise DataError(f"cannot read {file}: {why}; give a .txt file, one text per line, .jsonl or .csv") from error
     if file.suffix == ".csv":
+        csv.field_size_limit(max(csv.field_size_limit(), len(whole)))  # of the process; 131,072 characters at first
         reader = csv.DictReader(io.StringIO(whole, newline=""))
         yield from ((reader.line_num, row) for row in reader)
         return

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from fasfx.alignment import Recorder
 from fasfx.batch_norms import fold_batch_norms
 from fasfx.capture import labels_of, takes_any
 from fasfx.config import SpikeConfig
-from fasfx.devices import device_of, follow
+from fasfx.copying import Programmed
+from fasfx.devices import device_of, follow, require_dtypes
 from fasfx.errors import ConfigError, InputError
 from fasfx.inputs import bind, input_names
 from fasfx.layers import Layers
@@ -45,7 +46,9 @@ def prepare(
                  modified: what trains is a copy, under the original parameter names.
     config:      `timesteps` is the T (for the rate code the levels L) that training sees.
     objective:   what training minimises; None: the model's own loss.
-    Train it with transformers.Trainer or a loop of your own, then call fasfx.convert on it.
+    With nonlinear="spiking" functions are exact while it trains, and become neuron groups at conversion.
+    Train it with transformers.Trainer or a loop of your own, then call fasfx.convert on it. More than one GPU or
+    machine: `accelerate launch`, one process for each.
     Raises what fasfx.convert raises.
     """
     trained = copy.deepcopy(model)
@@ -53,20 +56,21 @@ def prepare(
     return ClippedModel(ranged, trained, objective)
 
 
-class ClippedModel(nn.Module):
+class ClippedModel(Programmed):
     """A program at CLIPPED that trains. Made by fasfx.prepare.
 
     Parameters have the names of the original's; thresholds are `theta_*` times exp of a learned `*_log_scale`, so
     that they stay positive. Calling it gives the original's output type, with a loss where labels are given.
     """
 
+    instead = "save its state_dict(), for a model prepared alike, or what fasfx.convert makes of it (save_pretrained)"
+
     def __init__(self, ranged: GraphModule, original: nn.Module, objective: Objective | None = None) -> None:
         super().__init__()
         clipped = Runner([Clip()]).run(ranged)
         learn_thresholds(clipped, as_stored(clipped))
-        # One set of dicts for both: the program's tensors are this module's own, names and all.
-        self._parameters, self._buffers, self._modules = clipped._parameters, clipped._buffers, clipped._modules
         self._programs = (ranged, clipped)  # in a tuple: not submodules
+        self._own_tensors()
         self._layers: Layers | None = None
         self._recompute = False
         self.config = getattr(original, "config", None)
@@ -76,6 +80,11 @@ class ClippedModel(nn.Module):
         self.__class__ = _like(original, type(self), [*input_names(ranged), *self._labels])
         self.objective = objective or Objective()
         self.train(original.training)
+
+    def _own_tensors(self) -> None:
+        """One set of dicts for both: the program's tensors are this module's own, names and all."""
+        clipped = self._programs[1]
+        self._parameters, self._buffers, self._modules = clipped._parameters, clipped._buffers, clipped._modules
 
     # --- running -----------------------------------------------------------------------------------------
 
@@ -211,7 +220,10 @@ class ClippedModel(nn.Module):
         self.train(was)
         return found
 
+    # --- moving and copying ------------------------------------------------------------------------------
+
     def _apply(self, fn: Any, recurse: bool = True) -> ClippedModel:
+        require_dtypes(self._programs[1], fn)
         self._layers = None  # it would keep the tensors that fn replaces
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for program in (self._programs[0], *self._teachers):  # no submodules
@@ -219,6 +231,17 @@ class ClippedModel(nn.Module):
         for program in (*self._programs, *self._teachers):
             follow(program, device_of(self))
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = super().__deepcopy__(memo)
+        new._own_tensors()
+        return new
+
+    def _replicate_for_data_parallel(self) -> ClippedModel:
+        raise ConfigError(
+            "torch.nn.DataParallel cannot copy a captured network: start one process per GPU with `accelerate launch`, "
+            "or make one GPU visible"
+        )
 
     # --- leaving -----------------------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ def tune(
 ) -> SpikingModel:
     """Calibrate a synchronous spiking network at its own T; the one given is unchanged.
 
+    Memory grows with T, unless `snn.gradient_checkpointing_enable()` was called.
+
     batches:  at least two batches of model inputs, without labels. The last fifth is held out from gradients and
               decides which state is kept.
     stages:   "layer": one threshold and one initial potential for every site; "neuron": for every channel of one.
@@ -79,7 +81,7 @@ def tune(
     parts = Lessons(ranged, teacher, given[:-held]), Lessons(ranged, teacher, given[-held:])
     errors: dict[str, Tensors] = {}
     for stage in stages:
-        student = Student(ranged, STAGES[stage], logits, spikes)
+        student = Student(ranged, STAGES[stage], logits, spikes, snn.recompute)
         if not errors:
             errors["before"] = student.errors(parts[1])
         _Stage(student, stage, parts, saved, progress).run(epochs)

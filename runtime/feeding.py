@@ -24,10 +24,13 @@ DTYPES = {  # of what a model's inputs can be
 
 
 def checked(session: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors among the inputs, in the order of `names`. Raises InputError naming one that is missing or wrong."""
+    """The inputs in the order of `names`; None is one that is not given, as for the model itself.
+
+    Raises InputError naming one that is missing, unknown or wrong.
+    """
     if missing := [name for name in names if not isinstance(inputs.get(name), Tensor)]:
         raise InputError(f"missing input {', '.join(missing)}: the model takes {', '.join(names)}")
-    if unknown := sorted(k for k, v in inputs.items() if k not in names and isinstance(v, Tensor)):
+    if unknown := sorted(k for k, v in inputs.items() if k not in names and v is not None):
         raise InputError(f"unknown input {', '.join(unknown)}: the model takes {', '.join(names)}")
     known = {value.name: value for value in session.get_inputs()}
     for name in names:

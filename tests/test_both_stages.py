@@ -95,8 +95,9 @@ def test_diagnose_without_labels_is_refused_and_changes_nothing() -> None:
         ("a.jsonl", '{"text": "a\u2028b", "label": "x"}\n{"text": "c", "label": "y"}\n', "a\u2028b"),
         ("a.csv", 'text,label\n"a\nb",x\nc,y\n', "a\nb"),
         ("a.csv", "\ufefftext,label\na,x\nc,y\n", "a"),
+        ("a.csv", f"text,label\n{'ab ' * 50_000},x\nc,y\n", "ab " * 50_000),
     ],
-    ids=["line separator", "quoted newline", "byte order mark"],
+    ids=["line separator", "quoted newline", "byte order mark", "long field"],
 )
 def test_ordinary_files(name: str, content: str, first: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content, encoding="utf-8")

@@ -56,6 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(folder / name)
         word_piece().save_pretrained(folder / name)
     head.save_pretrained(folder / "bare")
+    fasfx.convert(head, [inputs(text())]).save_pretrained(folder / "spiking")
+    word_piece().save_pretrained(folder / "spiking")
     rows, other = labelled(48, seed=0), labelled(24, seed=1)
     (folder / "data.jsonl").write_text(jsonl(rows))
     (folder / "data.csv").write_text(csv(rows))
@@ -276,6 +278,13 @@ def test_evaluation_of_a_class_that_was_not_trained(place: Path, tmp_path: Path)
     assert_refused(result, "class 'x' is not among those trained for: consonants, vowels")
 
 
+def test_evaluation_may_hold_one_of_the_trained_classes(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.jsonl").write_text(jsonl(labelled(8, seed=1)[1::2]))
+    given = ("--evaluation", tmp_path / "other.jsonl", "--epochs", 0.2)
+    result = finetune(place, tmp_path / "out", *TRAINING, *given)
+    assert result.exit_code == 0 and "accuracy on data not trained on" in result.stdout, result.output
+
+
 def choices(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
     """name: (arguments of `fasfx finetune`, words of the error)"""
     model, lm, data = place / "model", place / "lm", ("--data", place / "data.jsonl")
@@ -289,6 +298,11 @@ def choices(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "teacher of other classes": ((place / "head", *classes, "--distill"), "are new: classifier.bias"),
         "no tokenizer": ((place / "bare", *classes), "has no tokenizer"),
         "no model": (("./nowhere", *classes), "nowhere"),
+        "encoder": (
+            (model, *words, "--data", place / "texts.txt", "--length", 8),
+            "{model} reads the tokens that it is to predict: language modelling needs a causal model",
+        ),
+        "spiking checkpoint": ((place / "spiking", *classes), "{model} is a spiking checkpoint: give the original"),
         "too short": ((lm, *words, "--data", place / "texts.txt", "--length", 100), "two blocks of 100 are needed"),
         "no texts": ((lm, *words, "--data", place / "none.txt"), "No such file"),
         "code": ((model, *classes, "--code", "morse"), "choose one of 'multi', 'radix', 'rate'"),
@@ -296,7 +310,7 @@ def choices(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
 
 
 CHOICES = ("task", "no teacher", "teacher of other classes", "no tokenizer", "no model", "too short", "no texts")
-CHOICES += ("code",)
+CHOICES += ("code", "encoder", "spiking checkpoint")
 
 
 @pytest.mark.parametrize("case", CHOICES)

@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,18 @@ def test_exponentials_are_lifted_and_the_ledger_says_so() -> None:
     table = snn.ledger.table.set_index("node")
     for name, lift in lifted.items():
         assert table[table["pass"] == "clip"].loc[name, "value"] == pytest.approx((0.5 + lift) / 127)
+
+
+def test_another_t_warns_that_lifts_stay(tmp_path: Path) -> None:
+    """They come from data, which is not kept."""
+    _, snn = converted("llama")
+    snn.save_pretrained(tmp_path)
+    for network in (snn, fasfx.SpikingModel.from_pretrained(tmp_path)):
+        with pytest.warns(UserWarning, match="lifts of exponentials were found for T = 7 and stay.*convert at T = 5"):
+            network.timesteps = 5
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            network.timesteps = 7
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 48, 96, 576])

@@ -1,6 +1,8 @@
 """SpikingModel keeps the calling convention of its original and does what its methods promise."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.fx import Interpreter
 import fasfx
 from fasfx import ops
 from fasfx.capture import evaluating
-from fasfx.errors import ConfigError, CoverageError, InputError
+from fasfx.errors import CheckpointError, ConfigError, CoverageError, InputError
 from fasfx.passes.clip import thresholds
 from fasfx.program import facts
 from fasfx.tools.bench.models import TINY, tiny, tiny_inputs
@@ -358,3 +360,11 @@ def test_the_original_is_untouched_and_its_weights_are_shared() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     held = {p.data_ptr() for p in snn.ranged.parameters()}
     assert {p.data_ptr() for p in model.parameters()} <= held
+
+
+def test_a_network_is_copied_and_not_pickled(bert: fasfx.SpikingModel) -> None:
+    again, batch = copy.deepcopy(bert), tiny_inputs("bert")
+    again.timesteps = 2
+    assert bert.timesteps != 2 and not torch.equal(first(again(**batch)), first(bert(**batch)))
+    with pytest.raises(CheckpointError, match="SpikingModel cannot be pickled: use save_pretrained"):
+        pickle.dumps(bert)

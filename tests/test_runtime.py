@@ -117,6 +117,7 @@ def test_one_model_serves_two_threads(folder: Path) -> None:
     [
         (lambda b: {"input_ids": b["input_ids"]}, "missing input attention_mask"),
         (lambda b: b | {"ids": b["input_ids"]}, "unknown input ids"),
+        (lambda b: b | {"output_hiden_states": True}, "unknown input output_hiden_states: the model takes input_ids"),
         (lambda b: b | {"input_ids": b["input_ids"][0]}, "input_ids has rank 1: the model takes rank 2"),
         (
             lambda b: b | {"input_ids": b["input_ids"].float()},
@@ -127,6 +128,11 @@ def test_one_model_serves_two_threads(folder: Path) -> None:
 def test_wrong_inputs_are_named(folder: Path, change: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         OnnxModel(folder, threads=1)(**change(batch()))
+
+
+def test_none_is_an_input_that_is_not_given(folder: Path) -> None:
+    model = OnnxModel(folder, threads=1)
+    assert torch.equal(model(**batch(), labels=None).last_hidden_state, model(**batch()).last_hidden_state)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "export.json"])

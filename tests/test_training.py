@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 import fasfx
 from fasfx import ops
 from fasfx.alignment import Recorder, disagreement, relative_errors
-from fasfx.errors import ConfigError, CoverageError, InputError
+from fasfx.errors import CheckpointError, ConfigError, CoverageError, InputError
 from fasfx.learnable import LOG_SCALE, learned_thresholds
 from fasfx.passes.clip import thresholds
 from fasfx.program import copy_program, facts
@@ -407,11 +407,16 @@ torch.save((whole.args.world_size, whole.model.state_dict()), os.path.join({fold
 
 
 def in_two_processes(tmp_path: Path) -> list[tuple[int, dict[str, Tensor]]]:
-    """The script under torch's launcher, accelerate with gloo: (world size, weights) of both processes."""
+    """The script under `accelerate launch`, with gloo: (world size, weights) of both processes.
+
+    Without an MPI, accelerate starts processes on a machine only as "--multi_gpu"; the script asks for the CPU.
+    """
     script = tmp_path / "train.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    plain = ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *plain, str(script)]
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
@@ -706,6 +711,47 @@ def test_batch_norms_keep_their_statistics_and_are_folded_at_the_end() -> None:
     snn = fasfx.convert(qann)
     assert not snn.graph_module.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
     assert torch.allclose(snn(x), qann(x), rtol=1e-12, atol=1e-12)
+
+
+# --- copies -----------------------------------------------------------------------------------------------
+
+
+def test_a_copy_computes_from_its_own_tensors(with_dropout: fasfx.ClippedModel) -> None:
+    again, batch = copy.deepcopy(with_dropout).eval(), inputs(text())
+    before, kept = again(**batch).logits, tensors(with_dropout)
+    again.load_state_dict({name: 2 * value for name, value in kept.items()})
+    for name, value in again.named_buffers():
+        assert value is again._programs[1].get_buffer(name) and torch.equal(value, 2 * kept[name])
+    assert not torch.allclose(again(**batch).logits, before, atol=1e-3)
+    assert_same(tensors(with_dropout), kept)
+    assert type(again) is type(with_dropout) and again.config.num_labels == CLASSES
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_another_dtype_is_refused_before_anything_changes(dtype: torch.dtype, with_dropout: fasfx.ClippedModel) -> None:
+    again = copy.deepcopy(with_dropout)
+    before = tensors(again)
+    with pytest.raises(ConfigError, match=f"captured in torch.float32 and cannot become {dtype}: prepare model.to"):
+        again.to(dtype)
+    assert_same(tensors(again), before)
+    assert torch.equal(again.to("cpu").eval()(**text()).loss, with_dropout.eval()(**text()).loss)
+
+
+def test_pickling_is_refused_and_says_what_to_save(qann: fasfx.ClippedModel, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be pickled: save its state_dict\(\).*save_pretrained"):
+        torch.save(qann, tmp_path / "model.pt")
+    move_thresholds(qann)
+    torch.save(qann.state_dict(), tmp_path / "weights.pt")
+    again = clipped(classifier(seed=1).double(), EXACT.replace(timesteps=2, levels=4))
+    again.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    assert torch.equal(again(**text()).loss, qann(**text()).loss)
+
+
+def test_data_parallel_runs_on_one_device_and_refuses_to_copy(qann: fasfx.ClippedModel) -> None:
+    parallel = nn.DataParallel(qann)
+    assert torch.equal(parallel(**text()).loss, qann(**text()).loss)
+    with pytest.raises(ConfigError, match="one process per GPU with `accelerate launch`"):
+        qann._replicate_for_data_parallel()
 
 
 # --- optimizer groups -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,41 @@ def test_a_weight_on_spikes_makes_fewer_of_them(of_code: dict[str, Tuned]) -> No
     found = [fasfx.tune(snn, batches(), stages=("layer",), epochs=2, spikes=weight) for weight in (0.0, 10.0)]
     many, few = (float(s.count_spikes(**batches()[-1])[[1, 2, 3]].sum(axis=1).mean()) for s in found)
     assert few < 0.9 * many
+
+
+@pytest.fixture
+def bytes_kept() -> Iterator[list[int]]:
+    """Bytes of every tensor that is kept for a gradient."""
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        yield sizes
+
+
+def test_ticks_computed_again_give_the_same_gradients_and_keep_less(
+    of_code: dict[str, Tuned], bytes_kept: list[int]
+) -> None:
+    ranged, gradients, kept = of_code["rate"].snn.ranged, [], []
+    (taught,) = Lessons(ranged, None, batches(1))
+    for recompute in (False, True):
+        student = Student(ranged, per_channel, 1.0, 0.1, recompute)
+        student.set_units([taught])
+        bytes_kept.clear()
+        loss, _ = student.loss(taught)
+        kept.append(sum(bytes_kept))
+        loss.backward()
+        gradients.append([p.grad for p in (*student.scales, *student.shares)])
+    assert all(map(torch.equal, *gradients)) and any(bool(gradient.any()) for gradient in gradients[0])
+    assert kept[1] < 0.5 * kept[0]  # of three ticks
+
+
+def test_tuning_recomputes_where_the_network_does(of_code: dict[str, Tuned], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    made = Student.__init__
+    monkeypatch.setattr(Student, "__init__", lambda self, *given: asked.append(given[-1]) or made(self, *given))
+    snn = fasfx.SpikingModel(of_code["multi"].snn.ranged)
+    snn.gradient_checkpointing_enable()
+    fasfx.tune(snn, batches(), stages=("layer",), epochs=0)
+    assert asked == [True]
 
 
 # --- teachers ---------------------------------------------------------------------------------------------

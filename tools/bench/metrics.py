@@ -41,3 +41,10 @@ def error_table(
             found.add(reference_output, main_output(model(**batch)), output_mask(batch))
         table[name] = found.relative_l2
     return table
+
+
+@torch.no_grad()
+def all_logits(model: Model, batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:
+    """The logits of all batches, [rows, classes], on the CPU; labels among the entries are left out."""
+    inputs = ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
+    return torch.cat([main_output(model(**given)).cpu() for given in inputs])

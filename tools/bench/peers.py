@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fasfx
-from fasfx.errors import RuntimeUnavailableError, first_line
-from fasfx.tools.bench import cases, cost, timing
+from fasfx.errors import RuntimeUnavailableError
+from fasfx.tools.bench import cases, cost, jelly, timing
 from fasfx.tools.bench.data import Batch
 from fasfx.tools.bench.tables import Line, Table, plain
 
@@ -81,18 +81,11 @@ def peers(quick: bool) -> Iterator[Table]:
 
 def _spikingjelly(model: nn.Module, batch: Batch) -> str:
     """What SpikingJelly 2 says to the model as transformers gives it."""
+    what = "SpikingJelly 2's transformer recipe on the same model"
     try:
-        from spikingjelly.activation_based import ann2snn
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            "spikingjelly is not there: pip install --no-deps -r requirements-data.txt"
-        ) from error
-    recipe = ann2snn.TransformerTDEquivalentRecipe(IF_STEPS)
-    try:
-        found = ann2snn.Converter(recipe=recipe).convert(copy.deepcopy(model))
-        found(**batch)
+        jelly.converted(model, jelly.RECIPES[0])(**batch)
+    except RuntimeUnavailableError:
+        raise
     except Exception as error:
-        return (
-            f"SpikingJelly 2's transformer recipe on the same model: {type(error).__name__}: {first_line(error)[:200]}"
-        )
-    return "SpikingJelly 2's transformer recipe converts and runs the same model."
+        return f"{what}: {jelly.refusal(error)}"
+    return f"{what}: converted and run."

@@ -11,7 +11,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,16 @@ from fasfx.tools.bench.data import package_path
 
 VADER = "vaderSentiment-0.5.zip"
 LENGTH = 64  # tokens of a text
-BLOCK = 128  # tokens of a block of language
+BLOCK, ROWS = 128, 2  # tokens of a block of language, blocks of a batch
+MEASURED = 64  # blocks that perplexity is measured on
 
 
 @dataclass(frozen=True)
 class Task:
-    """model: a seed -> the network before training.  score: "accuracy" or "perplexity", as measured by `measure`."""
+    """model: a seed -> the network before training.  score: "accuracy" or "perplexity", as measured by `measure`.
+
+    size: rows of a batch, to train, to tune and to measure on.
+    """
 
     name: str
     model: Callable[[int], nn.Module]
@@ -43,6 +47,7 @@ class Task:
     test: list[Example]
     collate: Callable[[list[Example]], dict[str, Any]]
     score: str
+    size: int = 32
 
     def measure(self, model: nn.Module, rows: int | None = None) -> float:
         """The score on (the first) rows to measure on."""
@@ -50,13 +55,18 @@ class Task:
         batches = self.batches(rows_by_length, device=device_of(model))
         return accuracy(model, batches) if self.score == "accuracy" else perplexity(model, batches)
 
-    def batches(self, rows: list[Example], size: int = 32, device: Any = None) -> list[dict[str, Any]]:
+    def batches(self, rows: list[Example], device: Any = None) -> list[dict[str, Any]]:
         """Rows as batches, in order, on a device."""
-        return [moved(self.collate(rows[at : at + size]), device) for at in range(0, len(rows), size)]
+        return [moved(self.collate(rows[at : at + self.size]), device) for at in range(0, len(rows), self.size)]
 
-    def inputs(self, rows: list[Example], size: int = 32, device: Any = None) -> list[dict[str, Any]]:
+    def inputs(self, rows: list[Example], device: Any = None) -> list[dict[str, Any]]:
         """The same without labels."""
-        return [{n: v for n, v in batch.items() if n != "labels"} for batch in self.batches(rows, size, device)]
+        return [{n: v for n, v in batch.items() if n != "labels"} for batch in self.batches(rows, device)]
+
+    def held_out(self) -> Task:
+        """The same task within its rows to train on: a fifth of them is kept apart, to choose by."""
+        cut = round(0.8 * len(self.train))
+        return replace(self, name=f"{self.name}, training rows", train=self.train[:cut], test=self.train[cut:])
 
 
 def _tokens(row: Example) -> int:
@@ -83,11 +93,22 @@ def r8() -> Task:
 @cache
 def language() -> Task:
     """Tales and books as blocks of 128 tokens, for SmolLM2."""
-    model, tokenizer = cases.smollm2()
+    return _language("SmolLM2", *cases.smollm2())
+
+
+@cache
+def code() -> Task:
+    """The same for Qwen2.5-Coder."""
+    return _language("Qwen2.5-Coder", *cases.qwen())
+
+
+def _language(name: str, model: Any, tokenizer: Any) -> Task:
     parts = [sum((data.split(kind)[part] for kind in ("tales", "books")), list[str]()) for part in (0, 1)]
     train, test = (blocks(tokenizer, texts, BLOCK) for texts in parts)
     random.Random(0).shuffle(train)
-    return Task("SmolLM2, tales and books", lambda _: model, train, test, collator(tokenizer, model), "perplexity")
+    collate = collator(tokenizer, model)
+    few = test[:: len(test) // MEASURED][:MEASURED]  # of both kinds of text
+    return Task(f"{name}, tales and books", lambda _: model, train, few, collate, "perplexity", size=ROWS)
 
 
 @cache
@@ -153,4 +174,11 @@ def _vader(file: str) -> str:
             return found.read().decode("utf-8", errors="replace")
 
 
-TASKS: dict[str, Callable[[], Task]] = {"valence": valence, "r8": r8, "language": language, "digits": digits}
+TASKS: dict[str, Callable[[], Task]] = {
+    "valence": valence,
+    "valence, to choose by": lambda: valence().held_out(),
+    "r8": r8,
+    "digits": digits,
+    "language": language,
+    "code": code,
+}

@@ -28,7 +28,6 @@ from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tuning import tune
 
 CALIBRATION, TUNING = 8, 20  # batches of training rows
-BATCH, BLOCKS = 32, 8  # rows of a batch: of texts or images, of blocks of language
 DISTILLATION = 2.0  # temperature
 HERE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")  # where the Trainer trains
 
@@ -49,8 +48,15 @@ def folder_of(recipe: dict[str, Any]) -> Path:
 def original(name: str, seed: int, epochs: float, lr: float) -> Kept:
     """The task's model, fine-tuned as it is."""
     task = TASKS[name]()
-    training, model = _training(task, seed, epochs, lr), task.model(seed)
+    training, model = Training(epochs, lr, task.size, seed), task.model(seed)
     return _weights(model, {"original": name, "how": asdict(training)}, lambda at: _fit(model, task, training, at))
+
+
+def calibration(name: str, model: nn.Module) -> list[dict[str, Any]]:
+    """The first batches of a task's training rows, where the model is."""
+    task = TASKS[name]()
+    batches = task.inputs(task.train[: CALIBRATION * task.size], device_of(model))
+    return [batch | without_cache(model) for batch in batches]
 
 
 def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.SpikeConfig, teacher: nn.Module,
@@ -60,32 +66,29 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     of: what made the teacher.
     """
     task = TASKS[name]()
-    training = _training(task, seed, epochs, lr)
+    training = Training(epochs, lr, task.size, seed)
     aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
-    batches = task.inputs(task.train[: CALIBRATION * training.batch], training.batch, device_of(teacher))
-    qann = fasfx.prepare(teacher, [batch | without_cache(teacher) for batch in batches], config, aim)
+    qann = fasfx.prepare(teacher, calibration(name, teacher), config, aim)
     every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
     aims = {name: getattr(aim, name) for name in ("task", "logits", "hidden", "temperature", "spikes")}
     return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
 
 
-def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int = TUNING) -> Kept:
+def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int = TUNING,
+          spikes: float = 0.0) -> Kept:  # fmt: skip
     """A spiking network after stage II, at its own T."""
     task, recipe = TASKS[name](), {"stage II": of, "config": asdict(snn.spike_config), "stages": stages, "n": batches}
     folder = folder_of(recipe)
     if not (folder / "network").exists():
-        size = BATCH if task.score == "accuracy" else BLOCKS
         start = time.perf_counter()
-        given = task.inputs(task.train[-batches * size :], size, device_of(snn))
-        found = tune(snn, given, stages, folder=folder / "tuning", progress=_report)
+        if task.score == "perplexity":  # all ticks of a language model are more than 20 GB
+            snn.gradient_checkpointing_enable()
+        given = task.inputs(task.train[-batches * task.size :], device_of(snn))
+        found = tune(snn, given, stages, spikes=spikes, folder=folder / "tuning", progress=_report)
         found.save_pretrained(folder / "network")
         _note(folder, recipe, start)
         shutil.rmtree(folder / "tuning")
     return Kept(fasfx.SpikingModel.from_pretrained(folder / "network").to(device_of(snn)), _seconds(folder))
-
-
-def _training(task: Task, seed: int, epochs: float, lr: float) -> Training:
-    return Training(epochs, lr, BATCH if task.score == "accuracy" else BLOCKS, seed)
 
 
 def _fit(model: nn.Module, task: Task, training: Training, folder: Path) -> None:

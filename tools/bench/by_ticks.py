@@ -1,0 +1,147 @@
+"""A case of FAS at every T: uncalibrated, after either part of stage II, errors, spikes, energy; and its wall times."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+import fasfx
+from fasfx.devices import device_of
+from fasfx.tools.bench.deployed import deployed
+from fasfx.tools.bench.jelly import beside
+from fasfx.tools.bench.recipes import SEQUENTIAL, SPIKES, TUNED, Case, Made, Target, made_of
+from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
+from fasfx.tools.bench.tasks import TASKS, Task
+from fasfx.tools.bench.trained import TUNING, Kept, tuned
+
+PERCENT, FIGURE = "{:.2%}", "{:.3f}"
+CLOSE = 0.05  # what a quick run may lose
+QUICK_ROWS, QUICK_TUNING = 128, 4
+LAYER, BOTH = ("layer",), ("layer", "neuron")  # parts of stage II
+PAPER = 0.9663  # the energy that FAS saves by its own counting, of the layers that spike
+
+
+class Cell(NamedTuple):
+    """A figure and the seconds it took; NaN: it came with the row above."""
+
+    figure: float
+    form: str
+    seconds: float = math.nan
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures networks beside the original: by accuracy, or by perplexity over the original's.
+
+    own: the original's accuracy or perplexity.
+    """
+
+    task: Task
+    rows: int | None
+    own: float
+
+    @property
+    def form(self) -> str:
+        """Of an accuracy or perplexity."""
+        return PERCENT if self.task.score == "accuracy" else FIGURE
+
+    def cell(self, network: nn.Module, seconds: float = 0.0) -> Cell:
+        """What a network reaches; `seconds` is what making it took."""
+        start = time.perf_counter()
+        found = self.task.measure(network, self.rows)
+        figure = found if self.task.score == "accuracy" else found / self.own
+        return Cell(figure, self.form, seconds + time.perf_counter() - start)
+
+    def held(self, figure: float, target: Target) -> Line:
+        """Whether a figure meets its target."""
+        if target.most is not None:
+            return at_most("", [figure], target.most)
+        assert target.loss is not None
+        if self.task.score == "accuracy":
+            return at_least("", [figure], self.own - target.loss, self.form)
+        return at_most("", [figure], 1 + target.loss, self.form)
+
+
+def tables(case: Case, quick: bool) -> Iterator[Table]:
+    """One case, one seed: the table, its wall times, and for predictions the deployed network and SpikingJelly 2."""
+    task, made = TASKS[case.task](), made_of(case, 0, quick)
+    ticks, rows = (case.ticks[:2], QUICK_ROWS) if quick else (case.ticks, None)
+    judge = Judge(task, rows, task.measure(made.original.model, rows))
+    columns = {t: _column(case, judge, made, t, quick) for t in ticks}
+    title, header = f"{task.name}, {case.code} code, {case.coverage}", ("", *(f"T = {t}" for t in ticks))
+    lines = [_line(case, judge, name, columns, quick) for name in columns[ticks[0]]]
+    yield Table(title, header, lines, _note(case, judge, made))
+    times = [plain(name, [c[name].seconds for c in columns.values()], "{:.0f}") for name in columns[ticks[0]]]
+    note = "–: comes with the row above. Tuning counts where it was done, training is not in here."
+    yield Table(f"{title}: wall time of every cell, s", header, times, note)
+    if task.score == "accuracy":
+        at = case.trained if case.trained in ticks else ticks[-1]
+        snn = _tuned(case, made, at, BOTH, quick).model
+        yield deployed(task, _both_forms(made, snn, at), rows, CLOSE if quick else 0.0)
+        yield beside(task, made.original.model, snn, rows)
+
+
+def _note(case: Case, judge: Judge, made: Made) -> str:
+    own, sparse = judge.form.format(judge.own), f", weight {case.spikes} on spikes" if case.spikes else ""
+    stage = "no stage I"
+    if case.epochs:
+        cell = judge.cell(made.trained.model)
+        reached = cell.form.format(cell.figure)
+        stage = f"stage I at T = {case.trained} {reached} ({made.trained.seconds:.0f} s to train){sparse}"
+    return (
+        f"{case.code} code, coverage {case.coverage}; original {judge.task.score} {own} "
+        f"({made.original.seconds:.0f} s to train), {stage}; one seed. "
+        f"Energy: share of the original's, 0.9 pJ / 4.6 pJ; the paper says {1 - PAPER:.2%} of the layers that spike."
+    )
+
+
+def _tuned(case: Case, made: Made, ticks: int, stages: tuple[str, ...], quick: bool) -> Kept:
+    """The synchronous network after stage II at this T."""
+    made.snn.schedule, made.snn.timesteps = "synchronous", ticks
+    batches = QUICK_TUNING if quick else TUNING
+    return tuned(case.task, made.snn, stages, [made.of, ticks], batches, case.spikes)
+
+
+def _both_forms(made: Made, tuned: fasfx.SpikingModel, ticks: int) -> dict[str, fasfx.SpikingModel]:
+    """The tuned network, whose export is a loop, and the closed form of the sequential one, at the T of stage I."""
+    made.snn.schedule, made.snn.timesteps = "sequential", ticks
+    return {f"loop, {TUNED}, T = {ticks}": tuned, f"closed form, {SEQUENTIAL}, T = {ticks}": made.snn}
+
+
+def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> dict[str, Cell]:
+    """The column of one T: row -> cell."""
+    made.snn.schedule, made.snn.timesteps = "synchronous", ticks
+    found = {"uncalibrated": judge.cell(made.snn), "after layer": judge.cell(*_tuned(case, made, ticks, LAYER, quick))}
+    both = _tuned(case, made, ticks, BOTH, quick)
+    found[TUNED] = judge.cell(*both)
+    errors = both.model.tuning
+    found |= {f"alignment error, {s}": Cell(float(errors[s].mean()), PERCENT) for s in ("before", "layer", "neuron")}
+    made.snn.schedule = "sequential"
+    found[SEQUENTIAL] = judge.cell(made.snn)
+    start = time.perf_counter()
+    task = judge.task
+    cost = fasfx.energy(both.model, task.inputs(task.test[: task.size], device_of(both.model)))
+    return found | {
+        SPIKES: Cell(cost.spikes, FIGURE, time.perf_counter() - start),
+        "energy, layers that spike": Cell(1 - cost.headline, PERCENT),
+        "energy, every product": Cell(1 - float(cost.totals.saved[0]), PERCENT),
+    }
+
+
+def _line(case: Case, judge: Judge, name: str, columns: dict[int, dict[str, Cell]], quick: bool) -> Line:
+    """A row with its targets, at the T they name; a quick run has one, at its last T."""
+    cells = {ticks: column[name] for ticks, column in columns.items()}
+    line = plain(name, [cell.figure for cell in cells.values()], next(iter(cells.values())).form)
+    targets = [target for target in case.targets if target.row == name]
+    if quick:
+        targets = [target._replace(at=[*cells][-1], loss=CLOSE) for target in targets[:1]]
+    held = {target.at: judge.held(cells[target.at].figure, target) for target in targets}
+    if not held:
+        return line
+    wanted = ", ".join(f"T = {ticks} {one.target}" for ticks, one in held.items())
+    return line._replace(target=wanted, met=all(one.met for one in held.values()))
