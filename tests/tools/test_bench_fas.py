@@ -57,7 +57,6 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setitem(tasks.TASKS, "valence, to choose by", sentences.held_out)
     monkeypatch.setitem(tasks.TASKS, "language", lambda: speech)
     monkeypatch.setitem(recipes.ORIGINAL, "valence", (1, 1e-3))
-    monkeypatch.setattr(by_ticks, "TUNING", 2)
     monkeypatch.setattr(trained, "tune", partial(fasfx.tune, epochs=1))
     return tmp_path / "fasfx" / "trained"
 
@@ -66,7 +65,9 @@ def labelled(table: Table) -> dict[str, tuple[float, ...]]:
     return {line.label: line.figures for line in table.lines}
 
 
-CASE = Case("valence", "multi", "matmul", 1, (1, 2), (Target(TUNED, 1, loss=1.0), Target(SPIKES, 2, most=0.0)), 1)
+CASE = Case(
+    "valence", "multi", "matmul", 1, (1, 2), (Target(TUNED, 1, loss=1.0), Target(SPIKES, 2, most=0.0)), 1, tuning=2
+)
 
 
 @pytest.mark.slow
@@ -100,7 +101,7 @@ def test_a_classification_has_four_tables_and_is_trained_once(small: Path) -> No
 
 @pytest.mark.parametrize("epochs", [0, 0.5])
 def test_language_is_a_ratio_to_the_originals_perplexity(epochs: float, small: Path) -> None:
-    case = Case("language", "multi", "matmul", 2, (3,), (Target(TUNED, 3, loss=9.0),), epochs, lr=1e-3)
+    case = Case("language", "multi", "matmul", 2, (3,), (Target(TUNED, 3, loss=9.0),), epochs, lr=1e-3, tuning=2)
     whole, times = by_ticks.tables(case, quick=False)
     ratios = labelled(whole)
     assert all(0.5 < ratio < 2 for name in ("uncalibrated", TUNED, SEQUENTIAL) for ratio in ratios[name])

@@ -17,7 +17,7 @@ from fasfx.tools.bench.jelly import beside
 from fasfx.tools.bench.recipes import SEQUENTIAL, SPIKES, TUNED, Case, Made, Target, made_of
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
 from fasfx.tools.bench.tasks import TASKS, Task
-from fasfx.tools.bench.trained import TUNING, Kept, tuned
+from fasfx.tools.bench.trained import Kept, tuned
 
 PERCENT, FIGURE = "{:.2%}", "{:.3f}"
 CLOSE = 0.05  # what a quick run may lose
@@ -103,7 +103,7 @@ def _note(case: Case, judge: Judge, made: Made) -> str:
 def _tuned(case: Case, made: Made, ticks: int, stages: tuple[str, ...], quick: bool) -> Kept:
     """The synchronous network after stage II at this T."""
     made.snn.schedule, made.snn.timesteps = "synchronous", ticks
-    batches = QUICK_TUNING if quick else TUNING
+    batches = QUICK_TUNING if quick else case.tuning
     return tuned(case.task, made.snn, stages, [made.of, ticks], batches, case.spikes)
 
 

@@ -43,7 +43,8 @@ def _compared(task: Task, snn: fasfx.SpikingModel, rows: int | None) -> tuple[fl
     with tempfile.TemporaryDirectory() as folder:
         with cases.undisturbed():
             copy.deepcopy(snn).cpu().to_onnx(folder)
-        there = all_logits(fasfx.runtime.OnnxModel(folder, threads=torch.get_num_threads()), batches).argmax(-1)
+            network = fasfx.runtime.OnnxModel(folder, threads=torch.get_num_threads())
+        there = all_logits(network, batches).argmax(-1)
     here = all_logits(snn, task.batches(task.test[:rows], device_of(snn))).argmax(-1)
     shares = [float(found.float().mean()) for found in (here == there, here == labels, there == labels)]
     return shares[0], shares[1], shares[2], time.perf_counter() - start

@@ -9,6 +9,7 @@ import fasfx
 from fasfx.tools.bench.tasks import TASKS
 from fasfx.tools.bench.trained import HERE, Kept, calibration, original, stage_one
 
+TUNING = 20  # batches of stage II
 QUICKER = 5  # a quick run trains for a fifth of the epochs
 SYNCHRONOUS: dict[str, Any] = {"schedule": "synchronous", "nonlinear": "exact"}
 FEW, MANY = (1, 2, 3, 4, 8), (1, 2, 4, 8, 16, 32)
@@ -34,6 +35,7 @@ class Case:
 
     trained: the T of stage I.  epochs: of stage I; 0: the original is converted as it is.
     spikes: weight of the number of spikes, in both stages.  levels: thresholds of the multi code.
+    tuning: batches of stage II.
     """
 
     task: str
@@ -46,6 +48,7 @@ class Case:
     lr: float = 1e-4
     spikes: float = 0.0
     levels: int = 20
+    tuning: int = TUNING
 
     @property
     def config(self) -> fasfx.SpikeConfig:
@@ -65,6 +68,7 @@ ACTIVATION = ("rate", "activation", 8, MANY, (Target(TUNED, 8, loss=0.003),))
 RATE = ("rate", "matmul", 8, MANY, (Target(TUNED, 16, loss=0.02), Target(SEQUENTIAL, 8, loss=0.01)))
 SPEECH = (Target(TUNED, 3, loss=0.015), Target(TUNED, 2, loss=0.06))
 BUDGET = 2  # epochs of stage I on language: 882 steps of 256 tokens, each 5.1 s of one core; about an hour on two
+TUNING_OF_LANGUAGE = 10  # a step at T = 2 takes 8 s of one core
 CASES = {
     "valence": Case("valence", *MULTI),
     "valence_activation": Case("valence", *ACTIVATION),
@@ -74,9 +78,9 @@ CASES = {
     "r8_rate": Case("r8", *RATE),
     "digits": Case("digits", *MULTI, epochs=10, lr=3e-4),
     "digits_activation": Case("digits", *ACTIVATION, epochs=10, lr=3e-4),
-    "language": Case("language", "multi", "matmul", 2, FEW, SPEECH, epochs=BUDGET, lr=2e-5),
-    "language_untrained": Case("language", "multi", "matmul", 2, FEW, SPEECH, epochs=0),
-    "code_untrained": Case("code", "multi", "matmul", 2, (2, 3), SPEECH, epochs=0),
+    "language": Case("language", "multi", "matmul", 2, FEW, SPEECH, epochs=BUDGET, lr=2e-5, tuning=TUNING_OF_LANGUAGE),
+    "language_untrained": Case("language", "multi", "matmul", 2, FEW, SPEECH, epochs=0, tuning=TUNING_OF_LANGUAGE),
+    "code_untrained": Case("code", "multi", "matmul", 2, (2, 3), SPEECH, epochs=0, tuning=TUNING_OF_LANGUAGE),
 }
 
 

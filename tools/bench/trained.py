@@ -27,7 +27,7 @@ from fasfx.finetuning import Training, fit
 from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tuning import tune
 
-CALIBRATION, TUNING = 8, 20  # batches of training rows
+CALIBRATION = 8  # batches of training rows
 DISTILLATION = 2.0  # temperature
 HERE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")  # where the Trainer trains
 
@@ -74,7 +74,7 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
 
 
-def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int = TUNING,
+def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int,
           spikes: float = 0.0) -> Kept:  # fmt: skip
     """A spiking network after stage II, at its own T."""
     task, recipe = TASKS[name](), {"stage II": of, "config": asdict(snn.spike_config), "stages": stages, "n": batches}
