@@ -29,7 +29,7 @@ class Interval:
     @property
     def largest(self) -> Tensor:
         """The largest absolute value; infinite where nothing is known."""
-        return torch.maximum(self.low.abs(), self.high.abs()).nan_to_num(math.inf)
+        return torch.maximum(self.low.abs(), self.high.abs())
 
     def __add__(self, other: Any) -> Interval:
         other = _interval(other)
@@ -51,7 +51,7 @@ class Interval:
     def __truediv__(self, other: Any) -> Interval:
         other = _interval(other)
         below, above = other.low.reciprocal(), other.high.reciprocal()
-        crosses = other.low * other.high <= 0
+        crosses = (other.low <= 0) & (other.high >= 0)
         return self * _around(below.masked_fill(crosses, -math.inf), above.masked_fill(crosses, math.inf))
 
     def __rtruediv__(self, other: Any) -> Interval:

@@ -285,12 +285,20 @@ def infer_node(node: Node) -> None:
     inputs = node.all_input_nodes
     if node.op != "call_function" or any("val" not in n.meta for n in inputs):
         return
-    if node.target in LIKE_FIRST:
+    if node.target in LIKE_FIRST or _is_multiple(node):
         node.meta["val"] = inputs[0].meta["val"]
         return
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with fake_mode(node.graph), torch.no_grad():
         node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _is_multiple(node: Node) -> bool:
+    """Whether a node is a floating point value times a number: what folding inserts most."""
+    if node.target is not aten.mul.Tensor or not isinstance(node.args[1], float):
+        return False
+    value = fake(node.args[0])
+    return value is not None and value.is_floating_point()
 
 
 def fake_mode(graph: torch.fx.Graph) -> AbstractContextManager[Any]:
