@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,20 +29,25 @@ def bind(gm: GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
     if twice := sorted(set(given) & set(kwargs)):
         raise InputError(f"{', '.join(twice)} given twice: by position and by name")
     given |= kwargs
-    for name, value in list(given.items()):
-        if name in names:
-            continue
-        if name in constants and constants[name] == value or value is None:
-            del given[name]
-        elif name in constants:
-            raise InputError(f"{name}={value!r}: the model was captured with {name}={constants[name]!r}")
-        else:
-            known = ", ".join(names)
-            raise InputError(f"unknown input {name}: the model was captured with {known}; put it in calibration")
+    given = variable(names, constants, given)
     if missing := [name for name in names if name not in given]:
         raise InputError(f"missing input {', '.join(missing)}: the model was captured with {', '.join(names)}")
     _check(gm, given)
     return {name: given[name] for name in names}
+
+
+def variable(names: Sequence[str], constants: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given without what is None, or is what the model was captured with.
+
+    Raises InputError naming an input that is unknown, or another than the model was captured with.
+    """
+    for name, value in given.items():
+        if name not in names and value is not None and (name not in constants or constants[name] != value):
+            if name in constants:
+                raise InputError(f"{name}={value!r}: the model was captured with {name}={constants[name]!r}")
+            known = ", ".join(names)
+            raise InputError(f"unknown input {name}: the model was captured with {known}; put it in calibration")
+    return {name: value for name, value in given.items() if name in names}
 
 
 def _check(gm: GraphModule, given: Mapping[str, Any]) -> None:

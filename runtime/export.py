@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from fasfx.ops.precision import mantissa_bits, needs_double
 from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.program import facts, fake, freeze
 from fasfx.runner import Runner
+from fasfx.runtime.feeding import CONSTANTS
 from fasfx.runtime.integrity import write_sums
 from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
 from fasfx.runtime.merging import merge_layers
@@ -68,6 +70,7 @@ def export(model: SpikingModel, folder: Path, opset_version: int = 18, form: str
         wrap_in_loop(component, facts(model.graph_module))
     if form == "step":
         describe_states(component.program, model.graph_module)
+    component.program.metadata_props[CONSTANTS] = json.dumps(facts(model.ranged).constants, default=str)
     exported.config = model.config
     with written_beside(folder) as staging:
         exported.save_pretrained(staging)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from threading import Thread
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 
 from fasfx.errors import ConfigError, InputError, RuntimeUnavailableError, first_line
+from fasfx.inputs import variable
 
 END = object()  # of a stream
+CONSTANTS = "constants"  # in the metadata of an export: what the model was captured with, by name
 DTYPES = {  # of what a model's inputs can be
     "tensor(float)": torch.float32,
     "tensor(double)": torch.float64,
@@ -24,14 +27,13 @@ DTYPES = {  # of what a model's inputs can be
 
 
 def checked(session: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs in the order of `names`; None is one that is not given, as for the model itself.
+    """The tensors in the order of `names`; what was captured as a constant may be given too.
 
     Raises InputError naming one that is missing, unknown or wrong.
     """
+    inputs = variable(names, json.loads(session.get_modelmeta().custom_metadata_map.get(CONSTANTS, "{}")), inputs)
     if missing := [name for name in names if not isinstance(inputs.get(name), Tensor)]:
         raise InputError(f"missing input {', '.join(missing)}: the model takes {', '.join(names)}")
-    if unknown := sorted(k for k, v in inputs.items() if k not in names and v is not None):
-        raise InputError(f"unknown input {', '.join(unknown)}: the model takes {', '.join(names)}")
     known = {value.name: value for value in session.get_inputs()}
     for name in names:
         given, wanted = inputs[name], known.get(name)  # None: the graph does not read it

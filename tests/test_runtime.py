@@ -28,7 +28,8 @@ FORMS: dict[str, dict[str, Any]] = {"integer": {}, "closed": {}, "step": {"sched
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp(request.param)
     config = fasfx.SpikeConfig.low_latency(3) if request.param == "step" else fasfx.SpikeConfig.integer()
-    fasfx.convert(tiny("bert"), [tiny_inputs("bert")], config).to_onnx(made, form=request.param)
+    given = tiny_inputs("bert") | {"use_cache": False}
+    fasfx.convert(tiny("bert"), [given], config).to_onnx(made, form=request.param)
     return made
 
 
@@ -117,7 +118,8 @@ def test_one_model_serves_two_threads(folder: Path) -> None:
     [
         (lambda b: {"input_ids": b["input_ids"]}, "missing input attention_mask"),
         (lambda b: b | {"ids": b["input_ids"]}, "unknown input ids"),
-        (lambda b: b | {"output_hiden_states": True}, "unknown input output_hiden_states: the model takes input_ids"),
+        (lambda b: b | {"output_hiden_states": True}, "unknown input output_hiden_states: the model was captured"),
+        (lambda b: b | {"use_cache": True}, "was captured with use_cache=False"),
         (lambda b: b | {"input_ids": b["input_ids"][0]}, "input_ids has rank 1: the model takes rank 2"),
         (
             lambda b: b | {"input_ids": b["input_ids"].float()},
@@ -130,9 +132,10 @@ def test_wrong_inputs_are_named(folder: Path, change: Any, message: str) -> None
         OnnxModel(folder, threads=1)(**change(batch()))
 
 
-def test_none_is_an_input_that_is_not_given(folder: Path) -> None:
+def test_none_and_what_was_captured_change_nothing(folder: Path) -> None:
     model = OnnxModel(folder, threads=1)
-    assert torch.equal(model(**batch(), labels=None).last_hidden_state, model(**batch()).last_hidden_state)
+    found = model(**batch(), labels=None, use_cache=False).last_hidden_state
+    assert torch.equal(found, model(**batch()).last_hidden_state)
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "export.json"])
