@@ -142,7 +142,7 @@ def copy_program(gm: GraphModule) -> GraphModule:
     graph._codegen = copy.copy(gm.graph._codegen)
     output, old_output = graph.output_node(), gm.graph.output_node()
     output.meta, output.name = copy.copy(old_output.meta), old_output.name
-    new = _LazyGraphModule(gm, graph)  # compiled when it is first called: most copies never are
+    new = _LazyGraphModule(gm, graph)  # compiled when it is called or handed out: most copies are neither
     new.meta = {**gm.meta, FACTS: facts_copy}
     new.train(gm.training)
     return new

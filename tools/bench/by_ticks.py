@@ -70,7 +70,7 @@ class Judge:
 def tables(case: Case, quick: bool) -> Iterator[Table]:
     """One case, one seed: the table, its wall times, and for predictions the deployed network and SpikingJelly 2."""
     task, made = TASKS[case.task](), made_of(case, 0, quick)
-    ticks, rows = (case.ticks[:2], QUICK_ROWS) if quick else (case.ticks, None)
+    ticks, rows = (case.ticks[1:2], QUICK_ROWS) if quick else (case.ticks, None)
     judge = Judge(task, rows, task.measure(made.original.model, rows))
     columns = {t: _column(case, judge, made, t, quick) for t in ticks}
     title, header = f"{task.name}, {case.code} code, {case.coverage}", ("", *(f"T = {t}" for t in ticks))
