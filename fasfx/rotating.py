@@ -81,23 +81,25 @@ def _take_up_norm(gm: GraphModule, weights: Weights, layer: Node, norm: Node) ->
 
 def _plain(gm: GraphModule, norm: Node, size: int) -> None:
     """A root mean square norm with unit weights, which thresholds can still go into."""
-    value = fake(norm)
-    assert value is not None
-    one = torch.ones(size, dtype=value.dtype, device=value.device)
-    norm.replace_all_uses_with(_rms_norm(gm, norm, arg(norm, 0), one, arguments(norm)["eps"]))
+    norm.replace_all_uses_with(_rms_norm(gm, norm, arg(norm, 0), _ones(norm, size), arguments(norm)["eps"]))
     gm.graph.erase_node(norm)
 
 
 def _turned(gm: GraphModule, weights: Weights, norm: Node, size: int) -> None:
     """The norm of the stream as it was, turned again: hadamard twice, without its root of the block's size, is Q."""
-    block, value = size & -size, fake(norm)
-    assert value is not None
-    own = weights.value(arg(norm, 2)) if arg(norm, 2) is not None else value.new_ones(size)
-    eps = arguments(norm)["eps"] or torch.finfo(value.dtype).eps
+    block, given = size & -size, arguments(norm)
+    own = _ones(norm, size) if given["weight"] is None else weights.value(given["weight"])
+    eps = given["eps"] or torch.finfo(own.dtype).eps
     stream = insert(gm, norm, norm, ops.hadamard.op, arg(norm, 0), block)
     new = _rms_norm(gm, norm, stream, own / math.sqrt(block), eps * block)
     norm.replace_all_uses_with(insert(gm, norm, norm, ops.hadamard.op, new, block))
     gm.graph.erase_node(norm)
+
+
+def _ones(like: Node, size: int) -> Tensor:
+    value = fake(like)
+    assert value is not None
+    return torch.ones(size, dtype=value.dtype, device=value.device)
 
 
 def _rms_norm(gm: GraphModule, norm: Node, value: Node, weight: Tensor, eps: float | None) -> Node:

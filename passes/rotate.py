@@ -1,8 +1,9 @@
 """NORMAL -> NORMAL: what flows between layers is rotated, so that no channel stands out; nothing else changes.
 
 A pre-norm network's residual stream x becomes x Q, with an orthogonal Q that goes into the weights that write to the
-stream and into those that read its norms; attention's values are rotated head by head, into the layers before and
-after. Gated values, x = a b, take sums and differences of their channels at run time: no layer before them could.
+stream and into those that read its norms; a head that shares the embedding's weights goes on sharing them. Attention's
+values are rotated head by head, into the layers before and after. Gated values, x = a b, take sums and differences of
+their channels at run time: no layer before them could.
 Only with weights="int8": even ranges leave int8 weights and one-byte counts the most of their precision.
 """
 

@@ -52,7 +52,7 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = names["tuned"].tuning
     assert names["snn"].coverage.spike_driven_macs == 1.0
     assert tuning["neuron"].mean() <= tuning["layer"].mean() <= tuning["before"].mean()
-    assert names["tuned"].timesteps == 4
+    assert names["tuned"].timesteps == 2
     assert (names["spiking"] == names["labels"]).float().mean() > 0.5  # of eight topics
     assert (names["spiking"] == names["deployed"]).all()
 

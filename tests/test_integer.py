@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -323,6 +324,29 @@ def test_a_tied_head_keeps_the_embeddings_weights(monkeypatch: pytest.MonkeyPatc
         assert torch.allclose(same, model(**given).logits, rtol=1e-4, atol=1e-4)
 
 
+class Bare(nn.Module):
+    """A tied network whose norms have neither weights nor an eps of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(50, 32), nn.Linear(32, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        x = x + self.layer(F.rms_norm(x, [32]))
+        return F.linear(F.rms_norm(x, [32]), self.table.weight)
+
+
+def test_a_tied_head_behind_a_norm_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Round, "rewrite", lambda self, gm: False)
+    model, ids = Bare().eval(), torch.arange(50).view(5, 10)
+    snn = fasfx.convert(model, [{"ids": ids}], fasfx.SpikeConfig.integer())
+    with torch.no_grad():
+        assert torch.allclose(snn.ranged(ids), model(ids), rtol=1e-4, atol=1e-4)
+    stored = [value for value in snn.graph_module.state_dict().values() if value.dtype == torch.int8]
+    assert sorted(value.numel() for value in stored) == [32 * 32, 32 * 50]
+
+
 @given(st.floats(0.01, 8), st.integers(0, 5))
 def test_a_multiple_is_one_factor_for_every_weight(factor: float, at: int) -> None:
     weight = torch.tensor([[1.0, -2.0, 0.0], [0.5, 4.0, -1.5]])
@@ -466,6 +490,7 @@ def test_counts_in_float_are_the_same_network(tmp_path: Path) -> None:
         snn.to_onnx(tmp_path, form="loop")
 
 
+@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 def test_a_file_is_small(tmp_path: Path) -> None:
     """int8 weights and embeddings: about a quarter of the float file, and one scale for every channel."""
     torch.manual_seed(0)
