@@ -54,22 +54,23 @@ def use_int8_weights(gm: GraphModule) -> None:
     One scale per output channel, or per row of an embedding. Symmetric, and two adjacent weights of a layer so small
     that a processor which sums their products in 16 bits does not saturate.
     """
-    scaler, carriers = Scaler(gm), Carriers(gm)
-
-    def reading(target: Any, at: int) -> dict[Node, Tensor]:
-        found = [n for n in gm.graph.find_nodes(op="call_function", target=target) if scaler.is_fixed(n.args[at])]
-        return {n: scaler.value_of(arg(n, at)) for n in found}
-
-    layers = {n: w for n, w in reading(aten.linear.default, 1).items() if carriers.is_sent(n.args[0])}
-    layers = {n: w for n, w in layers.items() if may_apply("lower", "int8_weights", n)}
+    carriers, linear = Carriers(gm), _weights(gm, aten.linear.default, 1)
+    layers = {node: weight for node, weight in linear.items() if carriers.is_sent(node.args[0])}
+    layers = {node: weight for node, weight in layers.items() if may_apply("lower", "int8_weights", node)}
     kept = dict[Node, tuple[Node, Tensor]]()
-    for node, weight in reading(aten.embedding.default, 0).items():
+    for node, weight in _weights(gm, aten.embedding.default, 0).items():
         if may_apply("lower", "int8_weights", node):
             _round_embedding(gm, node, weight, layers, kept)
     for node, weight in layers.items():
         stored: tuple[Any, Tensor] = kept.get(node) or rounded(weight, _pair(node))
         bias = arg(node, 2) if len(node.args) > 2 else None
         _replace(gm, node, ops.integer_linear.op, (arg(node, 0),), *stored, (bias, 0))
+
+
+def _weights(gm: GraphModule, target: Any, position: int) -> dict[Node, Tensor]:
+    """Every node of an operator whose argument at a position is fixed -> the tensor it stands for."""
+    scaler, nodes = Scaler(gm), gm.graph.find_nodes(op="call_function", target=target)
+    return {n: scaler.value_of(arg(n, position)) for n in nodes if scaler.is_fixed(n.args[position])}
 
 
 def _round_embedding(
@@ -87,12 +88,12 @@ def _round_embedding(
 
 
 def multiple(weight: Tensor, of: Tensor) -> float:
-    """The factor that makes one weight the other, up to float rounding; 0 if there is none."""
+    """The positive factor that makes one weight the other, up to float rounding; 0 if there is none."""
     if weight.shape != of.shape:
         return 0.0
     at = of.abs().argmax()
     factor = weight.flatten()[at] / of.flatten()[at]
-    return float(factor) if torch.allclose(weight, factor * of, rtol=1e-5, atol=0.0) else 0.0
+    return float(factor) if factor > 0 and torch.allclose(weight, factor * of, rtol=1e-5, atol=0.0) else 0.0
 
 
 def _pair(layer: Node) -> int:

@@ -65,7 +65,9 @@ class Observe(Pass):
             done += 1
             if self._on_batch:
                 self._on_batch(done)
-        facts(gm).lifted = facts(gm).config.timesteps if watcher.finish() else None
+        watcher.finish()
+        lifted = any(site.lift for site in facts(gm).sites.values())
+        facts(gm).lifted = facts(gm).config.timesteps if lifted else None
         if not done:
             raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
         return False
@@ -211,11 +213,8 @@ class _Watcher(Interpreter):
         site.moment = moment if site.moment is None else site.moment.add_(moment)
         self._rows[site.name] = self._rows.get(site.name, 0) + len(rows)
 
-    def finish(self) -> bool:
-        """From sums to means; whether a site has a lift.
-
-        What two channels have in common is trusted as far as there are rows that show it.
-        """
+    def finish(self) -> None:
+        """From sums to means. What two channels have in common is trusted as far as there are rows that show it."""
         for name, rows in self._rows.items():
             moment = self._sites[name].moment
             assert moment is not None
@@ -224,7 +223,6 @@ class _Watcher(Interpreter):
             self._sites[name].moment = (trust * moment + (1 - trust) * torch.diag_embed(own)) / rows
         for name, lifts in self._lifts.items():
             self._sites[name].lift = sum(lifts) / len(lifts)
-        return any(site.lift for site in self._sites.values())
 
 
 def _require_finite(value: Tensor, node: Node, batch: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,7 +85,8 @@ class SpikeRecorder(Interpreter):
             self._record(n, result)
         elif (site := n.meta.get("moves_spikes_of")) in self._events:
             move: Any = n.target
-            _, *how = cast("tuple[Any, ...]", self.map_nodes_to_values(n.args, n))
+            given: Any = self.map_nodes_to_values(n.args, n)
+            _, *how = given
             self._events[site][-1] = torch.stack([move(step, *how) for step in self._events[site][-1]])
         return result
 

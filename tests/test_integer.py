@@ -353,7 +353,9 @@ def test_a_multiple_is_one_factor_for_every_weight(factor: float, at: int) -> No
     assert multiple(weight * factor, weight) == pytest.approx(factor)
     other = weight.clone()
     other.view(-1)[at] += 0.1
-    assert multiple(other, weight) == 0 and multiple(weight.t(), weight) == 0
+    assert (
+        multiple(other, weight) == 0 and multiple(weight.t(), weight) == 0 and multiple(-factor * weight, weight) == 0
+    )
 
 
 def test_smooth_makes_int8_weights_more_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,9 @@ def test_the_reports_time_and_size_are_held_to_their_limits(monkeypatch: pytest.
         path.write_bytes(bytes(2_500_000))
         return path
 
-    load = lambda: (models.tiny("bert"), None)  # noqa: E731
+    def load() -> Any:
+        return models.tiny("bert"), None
+
     monkeypatch.setattr(tools, "text_batches", lambda *_: [models.tiny_inputs("bert")])
     monkeypatch.setattr(fasfx, "report", written)
     for seconds, met in ((60.0, True), (0.0, False)):

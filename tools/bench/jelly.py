@@ -37,7 +37,8 @@ def converted(model: nn.Module, recipe: str) -> nn.Module:
     """A copy of the model by one of RECIPES. Raises what SpikingJelly raises; RuntimeUnavailableError without it."""
     ann2snn = _module("ann2snn")
     made = getattr(ann2snn, recipe)(time_steps=STEPS)
-    return ann2snn.Converter(recipe=made).convert(copy.deepcopy(model))  # type: ignore[no-any-return]
+    found: nn.Module = ann2snn.Converter(recipe=made).convert(copy.deepcopy(model))
+    return found
 
 
 def refusal(error: Exception) -> str:
@@ -86,7 +87,7 @@ def beside(task: Task, original: nn.Module, snn: Any, rows: int | None) -> Table
             said.append(f"{name}: {spiking} of its modules are spiking neurons.")
         except RuntimeUnavailableError:
             raise
-        except Exception as error:
+        except Exception as error:  # SpikingJelly's refusals have no type of their own; each is shown as it is
             lines.append(plain(name, [math.nan] * 4))
             said.append(f"{name} says: {refusal(error)}.")
     header = ("", "accuracy, %", "error of logits", "T", "wall time, s")

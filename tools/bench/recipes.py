@@ -31,7 +31,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the issue's table: a task, what is sent as spikes, the T that are measured, and its targets.
+    """One table: a task, what is sent as spikes, the T that are measured, and its targets.
 
     trained: the T of stage I.  epochs: of stage I; 0: the original is converted as it is.
     spikes: weight of the number of spikes, in both stages.  levels: thresholds of the multi code.
