@@ -11,7 +11,7 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
 from fasfx.ops.codes import CODES
-from fasfx.ops.library import LIBRARY, onnx_number
+from fasfx.ops.library import LIBRARY, implement, onnx_number
 
 LARGEST = 127  # count or weight of a byte, whatever its sign
 WIDEST = 2**15 - 1  # a signed number of 16 bits
@@ -55,7 +55,7 @@ def pair_limit(code: str, steps: int, levels: int, signed: bool) -> int:
     return min(2 * LARGEST, WIDEST // (top + zero_of(code, steps, levels, signed)))
 
 
-LIBRARY.impl("byte_count", byte_count, "CompositeImplicitAutograd")
+implement("byte_count", byte_count, torch.uint8)
 op = torch.ops.fasfx.byte_count.default
 
 

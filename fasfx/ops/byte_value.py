@@ -7,7 +7,7 @@ from onnxscript import opset18 as onnx
 from onnxscript.function_libs.torch_lib.registration import torch_op
 from torch import Tensor
 
-from fasfx.ops.library import LIBRARY, onnx_number
+from fasfx.ops.library import LIBRARY, implement, onnx_number
 
 LIBRARY.define("byte_value(Tensor n, int zero) -> Tensor")
 
@@ -17,7 +17,7 @@ def byte_value(n: Tensor, zero: int) -> Tensor:
     return n.to(torch.float32) - zero
 
 
-LIBRARY.impl("byte_value", byte_value, "CompositeImplicitAutograd")
+implement("byte_value", byte_value, torch.float32)
 op = torch.ops.fasfx.byte_value.default
 
 

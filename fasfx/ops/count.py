@@ -12,7 +12,7 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
 from fasfx.ops.codes import CODES
-from fasfx.ops.library import LIBRARY, onnx_number, straight_through
+from fasfx.ops.library import LIBRARY, implement, onnx_number, straight_through
 from fasfx.ops.precision import needs_double
 
 LIBRARY.define("count(Tensor u, str code, int steps, int levels, bool signed) -> Tensor")
@@ -31,7 +31,7 @@ def count(u: Tensor, code: str, steps: int, levels: int, signed: bool) -> Tensor
     return straight_through(row.count(u.detach(), steps, levels, signed), u, low, top)
 
 
-LIBRARY.impl("count", count, "CompositeImplicitAutograd")
+implement("count", count)
 op = torch.ops.fasfx.count.default
 
 

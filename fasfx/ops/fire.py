@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasfx.ops.codes import CODES, with_potential
-from fasfx.ops.library import LIBRARY, per_threshold, straight_through
+from fasfx.ops.library import LIBRARY, implement, per_threshold, straight_through
 
 LIBRARY.define(
     "fire(Tensor x, Tensor theta, str code, int steps, int levels, bool signed, Tensor? initial=None) -> Tensor"
@@ -36,5 +36,5 @@ def fire(
     return count * (theta / top)
 
 
-LIBRARY.impl("fire", fire, "CompositeImplicitAutograd")
+implement("fire", fire)
 op = torch.ops.fasfx.fire.default

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS
-from fasfx.ops.library import LIBRARY
+from fasfx.ops.library import LIBRARY, implement
 from fasfx.ops.reductions import REDUCTIONS
 
 LIBRARY.define(
@@ -90,5 +90,5 @@ def like_function(y: Tensor, x: Tensor, function: str, scale: float) -> Tensor:
     return y
 
 
-LIBRARY.impl("group", group, "CompositeImplicitAutograd")
+implement("group", group)
 op = torch.ops.fasfx.group.default

@@ -11,7 +11,7 @@ from onnxscript.function_libs.torch_lib.registration import torch_op
 from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
-from fasfx.ops.library import LIBRARY, onnx_tensor
+from fasfx.ops.library import LIBRARY, implement, onnx_tensor
 
 LIBRARY.define("hadamard(Tensor x, int size) -> Tensor")
 
@@ -35,7 +35,7 @@ def hadamard(x: Tensor, size: int) -> Tensor:
     return out
 
 
-LIBRARY.impl("hadamard", hadamard, "CompositeImplicitAutograd")
+implement("hadamard", hadamard)
 op = torch.ops.fasfx.hadamard.default
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS
 from fasfx.ops.group import like_function, neurons_of, with_ramps
-from fasfx.ops.library import LIBRARY, onnx_number
+from fasfx.ops.library import LIBRARY, implement, onnx_number
 from fasfx.ops.reductions import REDUCTIONS, onnx_join, onnx_split, onnx_take
 
 LIBRARY.define(
@@ -83,7 +83,7 @@ def table_of(cells: Cells, edges: Tensor, values: Tensor, unit: float, rest: flo
     return at_start[cells.segment] + neurons.weights(values)[cells.segment] * cells.counts
 
 
-LIBRARY.impl("lookup", lookup, "CompositeImplicitAutograd")
+implement("lookup", lookup)
 op = torch.ops.fasfx.lookup.default
 
 

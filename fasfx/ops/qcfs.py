@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fasfx.ops.codes import CODES, with_potential
-from fasfx.ops.library import LIBRARY, per_threshold, straight_through
+from fasfx.ops.library import LIBRARY, implement, per_threshold, straight_through
 
 LIBRARY.define(
     "qcfs(Tensor x, Tensor theta, str code, int steps, int levels, bool signed, Tensor? initial=None) -> Tensor"
@@ -37,5 +37,5 @@ def qcfs(
     return (count * (theta / top)).to(x.dtype)
 
 
-LIBRARY.impl("qcfs", qcfs, "CompositeImplicitAutograd")
+implement("qcfs", qcfs)
 op = torch.ops.fasfx.qcfs.default

@@ -12,7 +12,7 @@ from onnxscript.function_libs.torch_lib.tensor_typing import TReal
 from torch import Tensor
 
 from fasfx.ops.codes import CODES, Ticking
-from fasfx.ops.library import LIBRARY, onnx_number
+from fasfx.ops.library import LIBRARY, implement, onnx_number
 from fasfx.ops.precision import needs_double
 
 LIBRARY.define("tick(Tensor u, Tensor sent, Tensor number, str code, int levels, bool signed) -> Tensor")
@@ -44,7 +44,7 @@ def tick(u: Tensor, sent: Tensor, number: Tensor, code: str, levels: int, signed
     return after
 
 
-LIBRARY.impl("tick", tick, "CompositeImplicitAutograd")
+implement("tick", tick)
 op = torch.ops.fasfx.tick.default
 
 

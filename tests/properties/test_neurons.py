@@ -24,9 +24,12 @@ from strategies import (
     values_in_range,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasfx.config import MAX_LEVELS, MAX_RADIX_STEPS, SpikeConfig
-from fasfx.ops import CODES, count, fire, qcfs, tick
+from fasfx.ops import CODES, byte_count, count, fire, qcfs, tick
 
 ROUNDING = 4 * torch.finfo(torch.float64).eps  # of x N / theta and back, relative to theta
 # Exported together: every code at few and many steps, both signs.
@@ -213,6 +216,37 @@ def test_exported_operator_stays_one_node(op: Any, neuron: Neuron) -> None:
     assert [n.target for n in exported.graph.nodes].count(op) == 1
     x = torch.randn(5, 4)
     assert torch.equal(exported.module()(x), Module()(x))
+
+
+class Called(TorchDispatchMode):
+    """The operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("op", [count.op, byte_count.op], ids=str)
+def test_a_fake_tensor_takes_no_step(op: Any) -> None:
+    neuron = Neuron("radix", 7, 1, True)
+    with FakeTensorMode(), Called() as called:
+        found = op(torch.empty(3, 4), *neuron.args)
+    assert (found.shape, found.dtype) == ((3, 4), op(torch.empty(1), *neuron.args).dtype)
+    assert called.names == ["aten.empty.memory_format", "aten.empty_like.default"]
+
+
+@pytest.mark.parametrize("neuron", ONE_PER_CODE, ids=lambda n: n.code)
+def test_a_traced_fake_tensor_takes_every_step(neuron: Neuron) -> None:
+    def counted(u: Tensor) -> Tensor:
+        return count.op(u, *neuron.args)
+
+    u = torch.tensor(corners(neuron))
+    traced = make_fx(counted, tracing_mode="fake")(u)
+    assert torch.equal(traced(u), counted(u))
 
 
 # --- bounds ----------------------------------------------------------------------------------------------
