@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fasfx import ops
-from fasfx.tools.bench import cases, models, peers, speed
+from fasfx.tools.bench import cases, exports, models, peers, speed
 from fasfx.tools.bench.timing import Ratio
 
 
@@ -27,10 +27,12 @@ def test_every_form_is_timed_and_the_files_are_weighed(monkeypatch: pytest.Monke
     monkeypatch.setattr(cases, "calibration", batches)
     monkeypatch.setattr(cases, "evaluation", batches)
     monkeypatch.setattr(speed, "_tokens", tokens)
-    times, embeddings, built = speed.minilm(quick=True)
-    names = {speed.DYNAMIC, speed.INTEGER, speed.FLOAT, "original, opset 18", "original, opset 23"}
+    memory, times, embeddings, built = speed.minilm(quick=True)
+    names = {exports.DYNAMIC, exports.INTEGER, exports.FLOAT, "original, opset 18", "original, opset 23"}
     assert {line.label for line in times.lines} == names
-    assert min(line.figures[0] for line in times.lines if line.label.startswith("original")) == 1
+    for table in (times, memory):
+        assert min(line.figures[0] for line in table.lines if line.label.startswith("original")) == 1
+    assert {line.label for line in memory.lines} == names
     held = {line.label: line for line in built.lines}
     assert held["integer form: bytes / original's"].target == "≤ 0.3"
     assert 0 < held["integer form: bytes / original's"].figures[0] < 1
@@ -41,9 +43,10 @@ def test_every_form_is_timed_and_the_files_are_weighed(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("figure", "dynamic", "met"), [(0.5, 0.6, True), (0.5, 0.45, False), (0.56, 0.6, False)])
 def test_the_integer_form_is_held_to_its_limit_and_to_dynamic_int8(figure: float, dynamic: float, met: bool) -> None:
     rows = {
-        name: [Ratio(median, median, median)] for name, median in ((speed.INTEGER, figure), (speed.DYNAMIC, dynamic))
+        name: [Ratio(median, median, median)]
+        for name, median in ((exports.INTEGER, figure), (exports.DYNAMIC, dynamic))
     }
-    line = speed._line(speed.INTEGER, rows, [0.55], 1.0)
+    line = speed._line(exports.INTEGER, rows, [0.55], 1.0)
     assert line.met is met and "0.55" in line.target
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,36 +14,19 @@ from fasfx import scores
 from fasfx.runtime import OnnxModel
 from fasfx.tools.bench import cases, cost, data, timing
 from fasfx.tools.bench.data import Batch
+from fasfx.tools.bench.exports import DYNAMIC, INTEGER, RATIO, SPIKING, Network, build, memory, sessions
 from fasfx.tools.bench.fidelity import WINDOW, windows_of
 from fasfx.tools.bench.peers import peers
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, below, plain
 
-DYNAMIC = "ONNX Runtime's dynamic int8"
-INTEGER, SPIKING, FLOAT = "integer form", "integer form, functions spiking", "the same counts in float"
 STATIC = "static thresholds and folded transforms only"
 Shape = tuple[int, int]
 SHAPES = ((1, 16), (1, 128), (8, 16), (8, 128), (32, 16), (32, 128))
 LIMITS = {(1, 16): 0.55, (1, 128): 0.66, (8, 128): 0.66}
 SPIKING_LIMIT, SMOLLM2_LIMIT = 0.85, 0.70
-EXPORT, NODES, SIZE = {"MiniLM-L6": 15.0, "SmolLM2-135M": 60.0}, 1.5, 0.3
 COSINE = 0.99
 PERPLEXITY, STATIC_PERPLEXITY = 1.015, 1.045
 TOKENS = 8176
-SECONDS, RATIO = "{:.1f}", "{:.2f}"
-
-
-class Network(NamedTuple):
-    """A model, its calibration, inputs to trace it with, opsets of its own exports, and rounds of timing.
-
-    ONNX Runtime cannot run Llama at opset 23 for more than one row.
-    """
-
-    name: str
-    model: Any
-    calibration: list[dict[str, Any]]
-    inputs: dict[str, Any]
-    opsets: tuple[int, ...]
-    rounds: int
 
 
 def minilm(quick: bool) -> Iterator[Table]:
@@ -62,7 +43,8 @@ def minilm(quick: bool) -> Iterator[Table]:
     forms = {INTEGER: integer} | ({} if quick else {SPIKING: integer.replace(nonlinear="spiking")})
     shapes = SHAPES[:1] if quick else SHAPES
     with tempfile.TemporaryDirectory() as folder:
-        built, nets = _build(network, forms, Path(folder))
+        built, nets = build(network, forms, Path(folder))
+        yield memory(network, Path(folder), _tokens(shapes[-1]))
         yield from _times(network, Path(folder), shapes, LIMITS, quick)
         yield _embeddings(nets[INTEGER], OnnxModel(Path(folder) / INTEGER, threads=1), quick)
         yield built
@@ -80,7 +62,8 @@ def smollm2(quick: bool) -> Iterator[Table]:
     )
     shapes = ((1, 128), (8, 128))
     with tempfile.TemporaryDirectory() as folder:
-        built, nets = _build(network, {INTEGER: fasfx.SpikeConfig.integer()}, Path(folder))
+        built, nets = build(network, {INTEGER: fasfx.SpikeConfig.integer()}, Path(folder))
+        yield memory(network, Path(folder), _tokens(shapes[-1]))
         yield from _times(network, Path(folder), shapes, dict.fromkeys(shapes, SMOLLM2_LIMIT), quick)
         yield built
     texts = {"unseen tales": own[1], "books": other[1]}
@@ -102,67 +85,13 @@ def _tokens(shape: tuple[int, int]) -> Batch:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
 
 
-def _build(
-    network: Network, forms: dict[str, fasfx.SpikeConfig], folder: Path
-) -> tuple[Table, dict[str, fasfx.SpikingModel]]:
-    """Every form in a folder of its name; what exporting them took."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    lines: list[Line] = []
-    nets: dict[str, fasfx.SpikingModel] = {}
-    with cases.undisturbed():
-        for opset in network.opsets:
-            cost.export_original(network.model, network.inputs, folder / f"{cost.ORIGINAL}, opset {opset}", opset)
-        base = folder / f"{cost.ORIGINAL}, opset {network.opsets[0]}"
-        (folder / DYNAMIC).mkdir()
-        quantize_dynamic(
-            base / "model.onnx", folder / DYNAMIC / "model.onnx", weight_type=QuantType.QInt8,
-            use_external_data_format=True,
-        )  # fmt: skip
-        for name, config in forms.items():
-            nets[name] = fasfx.convert(network.model, network.calibration, config)
-            seconds = _seconds(partial(nets[name].to_onnx, folder / name))
-            nodes, size = _nodes(folder / name) / _nodes(base), _bytes(folder / name) / _bytes(base)
-            loading = _seconds(partial(OnnxModel, folder / name, threads=1))
-            limits = (EXPORT[network.name], NODES, SIZE) if name == INTEGER else (None, None, None)
-            lines += [
-                _held(f"{name}: export, s", seconds, limits[0], SECONDS),
-                _held(f"{name}: nodes / original's", nodes, limits[1], RATIO),
-                _held(f"{name}: bytes / original's", size, limits[2], RATIO),
-                plain(f"{name}: load, s", [loading], SECONDS),
-            ]
-        nets[INTEGER].to_onnx(folder / FLOAT, form="closed")
-    return Table(f"{network.name}, export", ("", "measured"), lines, f"Original: opset {network.opsets[0]}."), nets
-
-
-def _held(label: str, figure: float, limit: float | None, form: str) -> Line:
-    """What is promised is promised of the integer form with its defaults."""
-    return plain(label, [figure], form) if limit is None else at_most(label, [figure], limit, form)
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _nodes(folder: Path) -> int:
-    import onnx
-
-    return len(onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("model.onnx*"))
-
-
 def _times(
     network: Network, folder: Path, shapes: tuple[Shape, ...], limits: dict[Shape, float], quick: bool
 ) -> Iterator[Table]:
     """Time over the original's best float form; the integer form is held to a limit, and to ONNX Runtime's int8."""
     columns, rows = [""], dict[str, list[timing.Ratio]]()
     for shape in shapes:
-        times = timing.interleaved(_sessions(folder, _tokens(shape)), 5 if quick else network.rounds)
+        times = timing.interleaved(sessions(folder, _tokens(shape)), 5 if quick else network.rounds)
         columns.append(f"{shape[0]} × {shape[1]}")
         for name, ratio in timing.ratios(times, cost.fastest_original(times)).items():
             rows.setdefault(name, []).append(ratio)
@@ -184,15 +113,6 @@ def _line(name: str, rows: dict[str, list[timing.Ratio]], limits: list[float], s
     targets = ", ".join(RATIO.format(limit) if limit < 9 else "-" for limit in limits)
     met = bool(line.met) and all(m <= limit for m, limit in zip(medians, limits, strict=True))
     return line._replace(target=f"≤ {targets}, and below dynamic int8", met=met)
-
-
-def _sessions(folder: Path, batch: Batch) -> dict[str, Callable[[], object]]:
-    calls: dict[str, Callable[[], object]] = {}
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        ours = place.name in (INTEGER, SPIKING, FLOAT)
-        session = OnnxModel(place, threads=1).session if ours else None
-        calls[place.name] = cost.session(place, batch, session)
-    return calls
 
 
 def _embeddings(snn: fasfx.SpikingModel, deployed: OnnxModel, quick: bool) -> Table:
