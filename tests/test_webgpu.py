@@ -23,6 +23,7 @@ from fasfx.errors import RuntimeUnavailableError
 from fasfx.passes import clip
 from fasfx.runtime import OnnxModel
 from fasfx.runtime.providers import CPU, WEBGPU
+from fasfx.tools.bench import sites
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
 SOFTWARE = "ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER"  # with it the tests fail without an adapter, they do not skip
@@ -106,6 +107,15 @@ def test_counts_are_the_same_integers_in_torch_and_on_both_providers(tmp_path: P
         inputs = torch.load(folder / "inputs.pt")
         for found in (torch.load(folder / "outputs.pt"), _pytree.tree_leaves(OnnxModel(folder)(**inputs))):
             assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)), folder.name
+
+
+def test_counts_of_a_tiny_model_agree_site_by_site(tmp_path: Path) -> None:
+    batch = tiny_inputs("bert")
+    snn = fasfx.convert(tiny("bert"), [batch], fasfx.SpikeConfig(nonlinear="exact"))
+    snn.to_onnx(tmp_path)
+    found = sites.tallies(snn, tmp_path, [batch], "webgpu")
+    for what in (sites.ALONE, sites.WITHIN):
+        assert all(tally.compared and not tally.differing for tally in found[what].values())
 
 
 def test_without_an_adapter_nothing_runs_elsewhere(tmp_path: Path) -> None:

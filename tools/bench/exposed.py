@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor
 
+from fasfx.runtime.providers import open_session
 from fasfx.tools.bench.data import Batch
 from fasfx.tools.bench.timing import session_options
 
 
 class Exposed:
-    """An exported network that also returns u and the count of every site, in the order of the sites."""
+    """An exported network that also returns u and the count of every site, in the order of the sites, on a device."""
 
-    def __init__(self, folder: Path, code: str) -> None:
+    def __init__(self, folder: Path, code: str, device: str) -> None:
+        self._folder, self._device = folder, device
         self.model = onnx.load(folder / "model.onnx", load_external_data=False)
         self._makers = {name: node for node in self.model.graph.node for name in node.output}
         counts = sorted((n for n in self._makers if re.fullmatch(r"count(_\d+)?", n)), key=lambda n: int(n[6:] or 0))
@@ -27,8 +28,12 @@ class Exposed:
         exposed.CopyFrom(self.model)
         known = {value.name for value in exposed.graph.output}
         exposed.graph.output.extend(_values({name for site in self.sites for name in site} - known))
-        onnx.save(exposed, folder / "exposed.onnx")
-        self.session = onnxruntime.InferenceSession(folder / "exposed.onnx", session_options())
+        self.session = self._open(exposed, "exposed.onnx")
+
+    def _open(self, model: onnx.ModelProto, name: str) -> Any:
+        """A session of a graph, which lies beside the weights."""
+        onnx.save(model, self._folder / name)
+        return open_session(self._folder / name, self._device, session_options())
 
     def _input(self, name: str, code: str) -> str:
         """u: back from the count over the neuron's operators, see onnx_count; exponentials need no Clip."""
@@ -50,7 +55,7 @@ class Exposed:
         numbers = [number for number in graph.initializer if number.name in needed]
         cut = onnx.helper.make_graph(nodes, "neuron", _values({u}), _values({count}), numbers)
         model = onnx.helper.make_model(cut, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
-        return onnxruntime.InferenceSession(model.SerializeToString(), session_options())
+        return self._open(model, "neuron.onnx")
 
     def __call__(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """(u, count) of every site."""

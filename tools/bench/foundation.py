@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from fasfx.tools.bench import conversion, cost, families, fidelity, parity
+from fasfx.tools.bench import conversion, cost, families, fidelity, parity, webgpu
 from fasfx.tools.bench.tables import Table
 
 Part = Callable[[bool], Iterator[Table]]
@@ -18,4 +18,5 @@ PARTS: dict[str, Part] = {
     "families": families.families,
     "cost": cost.cost,
     "conversion": conversion.conversion,
+    "webgpu": webgpu.webgpu,
 }

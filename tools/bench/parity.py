@@ -18,6 +18,12 @@ NUM_TEXTS, QUICK_TEXTS = 24, 6
 EXPORT_SECONDS = 30.0
 ERROR_RATIO = (0.95, 1.05)
 DIFFERING, FORM = 1e-4, "{:.1e}"
+NOTE = (
+    "Shares of the spike counts of all sites. Alone: the neuron's operator on the inputs it has in torch. In the "
+    "net: torch's neuron on the inputs it has in {0}. Between: torch computes each site from the spikes "
+    "that {0} has at the sites before; rounding of the sums flips counts here, which has no target. "
+    "A quantum: 1, or the next value that a multi neuron can send."
+)
 
 
 def parity(quick: bool) -> Iterator[Table]:
@@ -39,15 +45,13 @@ def parity(quick: bool) -> Iterator[Table]:
     texts = QUICK_TEXTS if quick else NUM_TEXTS
     note = f"Batch × length; {texts} texts each, calibrated and measured on tales; CPU provider, one thread."
     yield Table("MiniLM-L6 in ONNX Runtime and in torch", columns, errors, note)
-    note = (
-        "Shares of the spike counts of all sites. Alone: the neuron's operator on the inputs it has in torch. In the "
-        "net: torch's neuron on the inputs it has in ONNX Runtime. Between: torch computes each site from the spikes "
-        "that ONNX Runtime has at the sites before; rounding of the sums flips counts here, as the last lines show, so "
-        "the target is one and a half times that where it is more than 1 in 10,000. "
-        "A quantum: 1, or the next value that a multi neuron can send."
-    )
-    columns = ("ONNX Runtime and torch", "all sites", "worst site", "beyond a quantum")
-    yield Table("Spike counts that differ, given the same inputs", columns, counts, note)
+    yield table_of("ONNX Runtime", counts)
+
+
+def table_of(backend: str, lines: list[Line]) -> Table:
+    """Lines of `held`."""
+    columns = (f"{backend} and torch", "all sites", "worst site", "beyond a quantum")
+    return Table("Spike counts that differ, given the same inputs", columns, lines, NOTE.format(backend))
 
 
 def _errors(
@@ -72,17 +76,22 @@ def _counts(name: str, snn: fasfx.SpikingModel, folder: Path, quick: bool) -> li
     batches = cases.evaluation("tales", 1, 3, 57) + ([] if quick else cases.evaluation("tales", 1))
     with cases.undisturbed():
         found = sites.tallies(snn, folder, batches) | sites.rounding(snn, batches[0])
-    shares = {what: _shares(row) for what, row in found.items()}
-    *held, between = (what for what in shares if what != sites.ROUNDING)
-    lines = [at_most(f"{name}: {what}", shares[what], DIFFERING, FORM) for what in held]
-    lines = [line._replace(met=line.met and line.figures[2] == 0) for line in lines]
-    # The inputs of the neurons differ here, by the rounding of the sums before them; what float32 flips by itself
-    # is in the row below. The promise is about equal inputs, so these two rows have no target.
-    lines.append(plain(f"{name}: {between}", shares[between], FORM))
-    return [*lines, plain(f"{name}: torch, {sites.ROUNDING}", shares[sites.ROUNDING], FORM)]
+    return held(name, {what: shares(row) for what, row in found.items()})
 
 
-def _shares(row: dict[str, sites.Tally]) -> tuple[float, float, float]:
+def held(name: str, found: dict[str, tuple[float, float, float]]) -> list[Line]:
+    """What is compared, its shares, and for equal inputs the target.
+
+    Between sites the inputs of the neurons differ, by the rounding of the sums before them.
+    """
+    lines = {what: plain(f"{name}: {what}", figures, FORM) for what, figures in found.items()}
+    for what in (sites.ALONE, sites.WITHIN):
+        line = at_most(f"{name}: {what}", found[what], DIFFERING, FORM)
+        lines[what] = line._replace(met=line.met and line.figures[2] == 0)
+    return [*lines.values()]
+
+
+def shares(row: dict[str, sites.Tally]) -> tuple[float, float, float]:
     """(share of all counts that differ, the same of the worst site, share that differs by more than a quantum)."""
     total = reduce(sites.Tally.plus, row.values())
     worst = max(tally.differing / tally.compared for tally in row.values())

@@ -79,9 +79,9 @@ class _Sites(Interpreter):
 
 
 @torch.no_grad()
-def tallies(snn: fasfx.SpikingModel, folder: Path, batches: list[Batch]) -> Tallies:
+def tallies(snn: fasfx.SpikingModel, folder: Path, batches: list[Batch], device: str = "cpu") -> Tallies:
     """The three comparisons over all batches. `folder` holds the export of snn; exposed.onnx is added to it."""
-    exposed, total = Exposed(folder, snn.spike_config.code), Tallies()
+    exposed, total = Exposed(folder, snn.spike_config.code, device), Tallies()
     nodes = snn.graph_module.graph.find_nodes(op="call_function", target=ops.count.op)
     alone = {node.args[1:]: site for node, site in zip(nodes, exposed.sites, strict=True)}  # one site of each kind
     sessions = {neuron: exposed.alone(*site) for neuron, site in alone.items()}
