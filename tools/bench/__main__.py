@@ -19,7 +19,7 @@ BENCHES = {
     "fas": "stage I and II: accuracy, error, spikes and energy by T",
     "foundation": "fidelity, parity with ONNX Runtime, families, cost, conversion",
     "kernels": "nodes of every form of export that have no CUDA kernel",
-    "robust": "the deployed network on random shapes, called very often, and by several threads",
+    "robust": "the deployed network on random shapes, called very often, by two threads at once; a large file",
     "speed": "integer form in ONNX Runtime beside the original and ONNX Runtime's own int8: time, fidelity, size",
     "spiking": "neuron groups beside float functions: error, coverage, spikes, perplexity, cost",
     "tools": "planted faults named and reduced, time and size of the report",

@@ -1,4 +1,4 @@
-"""The deployed network under use: any shape and padding, thousands of calls, several threads at once."""
+"""The deployed network under use: any shape and padding, thousands of calls, two threads at once, large files."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import fasfx
 from fasfx.difference import Difference, main_output, output_mask
 from fasfx.runtime import OnnxModel
 from fasfx.tools.bench import cases, data, timing
 from fasfx.tools.bench.data import Batch
-from fasfx.tools.bench.tables import Table, at_most, between, plain
+from fasfx.tools.bench.tables import Table, at_least, at_most, between, plain
 
 CASES, CALLS, TOGETHER = 1_000, 10_000, 200
 ROWS, LENGTH = 9, 200  # most rows of a batch, most tokens of a text
 PADDING = ("left", "right", "none")
 ERROR_RATIO = (0.95, 1.05)
+WIDE, ROUNDING = 16_500, 1e-4  # two such layers have 2.2 GB of weights
 GROWTH = 16.0  # MB that 10,000 calls may add: about a tenth of what one call of the longest batch takes
 
 
@@ -74,6 +76,25 @@ def calls(quick: bool) -> Iterator[Table]:
     yield Table("MiniLM-L6, integer form: one session", ("", "measured"), lines)
 
 
+def large(quick: bool) -> Iterator[Table]:
+    """More weights than one protobuf message holds, 2 GB: 8 GB of memory, so not in a quick run."""
+    if quick:
+        return
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(WIDE, WIDE), nn.ReLU(), nn.Linear(WIDE, WIDE)), torch.randn(2, WIDE)
+    snn, apart = fasfx.convert(model.eval(), [{"input": inputs}]), Difference()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        with cases.undisturbed():
+            snn.to_onnx(folder)
+        size = (Path(folder) / "model.onnx.data").stat().st_size
+        apart.add(main_output(snn(inputs)), main_output(OnnxModel(Path(folder), threads=1)(input=inputs)))
+    lines = [
+        at_least("file of weights, GB", [size / 1e9], 2**31 / 1e9, "{:.2f}"),
+        at_most("relative L2 difference to torch", [apart.relative_l2], ROUNDING, "{:.0e}"),
+    ]
+    yield Table(f"Two linear layers of {WIDE:,} × {WIDE:,}, multi code", ("", "measured"), lines)
+
+
 def _integer() -> fasfx.SpikingModel:
     return fasfx.convert(cases.minilm()[0], cases.calibration("news"), fasfx.SpikeConfig.integer())
 
@@ -95,4 +116,4 @@ def _batches(count: int) -> Iterator[tuple[str, Batch]]:
         yield padding, dict(batch)
 
 
-PARTS = {"shapes": shapes, "calls": calls}
+PARTS = {"shapes": shapes, "calls": calls, "large": large}
