@@ -57,7 +57,6 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names["spiking"] == names["deployed"]).all()
 
 
-@pytest.mark.slow
 def test_answers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"model": tiny("bert"), "batches": [tiny_inputs("bert", seed=seed) for seed in (1, 2)]}
@@ -68,7 +67,6 @@ def test_answers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["measured"].table["relative_l2"].is_monotonic_decreasing
 
 
-@pytest.mark.slow
 def test_notebook_runs_and_shows_its_objects(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "docs/tour.ipynb", as_version=4)

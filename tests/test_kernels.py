@@ -23,7 +23,6 @@ EXPORTS = [  # the benchmark `kernels` makes all of them
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), EXPORTS)
 def test_every_node_of_an_export_has_a_cuda_kernel(family: str, form: str, tmp_path: Path) -> None:
     model, (config, name) = tiny(family), kernels.FORMS[form]

@@ -55,8 +55,8 @@ def relative(reference: Tensor, value: Tensor) -> float:
     ("family", "changes"),
     [
         ("bert", {"nonlinear": "spiking"}),
-        pytest.param("llama", {"nonlinear": "exact"}, marks=pytest.mark.slow),
-        pytest.param("vit", {"nonlinear": "exact", "code": "radix"}, marks=pytest.mark.slow),
+        ("llama", {"nonlinear": "exact"}),
+        ("vit", {"nonlinear": "exact", "code": "radix"}),
         ("bert", {"code": "radix", "timesteps": 7, "nonlinear": "exact", "weights": "int8"}),
         ("gpt2", {"schedule": "synchronous", "nonlinear": "exact"}),
     ],

@@ -70,7 +70,6 @@ CASE = Case(
 )
 
 
-@pytest.mark.slow
 def test_a_classification_has_four_tables_and_is_trained_once(small: Path) -> None:
     whole, times, deployed, beside = by_ticks.tables(CASE, quick=False)
     figures, seconds = labelled(whole), labelled(times)

@@ -6,7 +6,6 @@ import fasfx
 from fasfx.tools.bench import kernels
 
 
-@pytest.mark.slow
 def test_every_form_is_held_to_no_node_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     form = {"functions exact": (fasfx.SpikeConfig(nonlinear="exact"), "closed")}
     monkeypatch.setattr(kernels, "FORMS", form)

@@ -12,7 +12,6 @@ from fasfx.tools.bench import cases, exports, models, peers, speed
 from fasfx.tools.bench.timing import Ratio
 
 
-@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 def test_every_form_is_timed_and_the_files_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny BERT in the place of MiniLM, tokens of its vocabulary."""
     model = models.tiny("bert")
@@ -57,7 +56,6 @@ def test_the_if_loop_sends_rounded_activations() -> None:
     assert torch.equal(sent, ops.qcfs.op(x, torch.tensor(2.0), "rate", peers.IF_STEPS, 1, False))
 
 
-@pytest.mark.slow
 def test_every_peer_is_timed_and_spikingjellys_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.tiny("bert")
     monkeypatch.setattr(cases, "minilm", lambda: (model, None))

@@ -20,14 +20,12 @@ def one_fault(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Any]:
     return table.lines
 
 
-@pytest.mark.slow
 def test_a_fault_is_named_and_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = one_fault(monkeypatch)
     assert line.met and line.figures[1] == 0 and line.figures[2] <= 5
     assert line.figures[0] > 0 and line.figures[3] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"plant": nullcontext}, {"rule": "radix_neuron"}, {"module": "layer.0"}], ids=str)
 def test_another_answer_is_a_wrong_one(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     (line,) = one_fault(monkeypatch, **changes)

@@ -22,7 +22,6 @@ from fasfx.program import facts
 from fasfx.synapses import SYNAPSES
 from fasfx.tools.bench.models import TINY, tiny, tiny_inputs
 
-pytestmark = pytest.mark.slow
 SIZES: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 64}
 SIZES |= {"intermediate_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MORE: dict[str, tuple[str, dict[str, Any]]] = {

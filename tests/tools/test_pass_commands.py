@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from fasfx.cli import app
 from fasfx.tools.bench.models import tiny
 
-pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "example_pass"
 

@@ -98,7 +98,6 @@ def test_run_is_what_convert_does() -> None:
     assert text(tools.run(given)) == text(expected.graph_module)
 
 
-@pytest.mark.slow
 def test_a_stored_program_gives_what_the_model_gives(tmp_path: Path) -> None:
     given = bert(config=SpikeConfig())
     final = tools.run(given, dump=tmp_path)
@@ -146,7 +145,6 @@ def test_every_pass_keeps_its_promise(name: str) -> None:
     tools.run(bert(config=CONFIGS[name]), verify_each=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "vit"])
 def test_every_pass_keeps_its_promise_elsewhere(family: str) -> None:
     tools.run(tools.subject(captured(family), None, [tiny_inputs(family)], FLOAT), verify_each=True)
@@ -186,14 +184,12 @@ def of(fault: Fault) -> tools.Subject:
     return bert(config=fault.config.replace(nonlinear="exact"))
 
 
-@pytest.mark.slow
 def test_without_a_fault_nothing_is_found() -> None:
     for fault in FAULTS.values():
         assert tools.bisect(of(fault)) is None
         assert tools.reduce(of(fault)) is None
 
 
-@pytest.mark.slow
 def test_bisect_names_pass_rule_and_node(planted: Fault) -> None:
     found = tools.bisect(of(planted))
     assert found is not None
@@ -203,7 +199,6 @@ def test_bisect_names_pass_rule_and_node(planted: Fault) -> None:
     assert tools.verify(found.before, partly, given.inputs) == []  # it is the first
 
 
-@pytest.mark.slow
 def test_bisect_by_a_metric_of_the_output() -> None:
     fault, given = FAULTS["scale"], of(FAULTS["scale"])
     clean = distance_of(given)
@@ -224,7 +219,6 @@ def test_an_unknown_metric_is_refused() -> None:
         tools.bisect(bert(), "beauty")
 
 
-@pytest.mark.slow
 def test_reduce_writes_a_test_that_fails_until_the_fix(planted: Fault, tmp_path: Path) -> None:
     found = tools.reduce(of(planted))
     assert found is not None
@@ -239,7 +233,6 @@ def test_reduce_writes_a_test_that_fails_until_the_fix(planted: Fault, tmp_path:
     assert fixed.returncode == 0, fixed.stdout
 
 
-@pytest.mark.slow
 def test_the_program_is_right_after_any_number_of_applications() -> None:
     """What bisect relies on: a refused application leaves the program as it was."""
     for config in (CONFIGS["radix"], CONFIGS["integer"]):
@@ -290,7 +283,6 @@ def test_diff_of_two_levels() -> None:
     assert (both["difference"] < 0.01).all()
 
 
-@pytest.mark.slow
 def test_diff_of_two_configurations_and_two_files(tmp_path: Path) -> None:
     one, two = (bert(config=FLOAT.replace(timesteps=steps)) for steps in (2, 6))
     both = tools.diff(one, two).set_index("node")
