@@ -23,16 +23,20 @@ LIBRARY = torch.library.Library("fasfx", "DEF")
 def implement(name: str, function: Callable[..., Tensor], dtype: torch.dtype | None = None) -> None:
     """Registers an operator whose result is like its first argument, or like that in another dtype.
 
-    A fake tensor that nobody traces asks for the shape only. torch takes no fake kernel for a composite operator, and
-    would go through every step of the function: half the time of an export.
+    A fake tensor that nobody traces or differentiates asks for the shape only. torch takes no fake kernel for a
+    composite operator, and would go through every step of the function: half the time of an export.
     """
 
-    def kernel(x: Tensor, *given: Any, **named: Any) -> Tensor:
-        if isinstance(x, FakeTensor) and get_proxy_mode() is None:
+    def kernel(x: Tensor, *given: Any) -> Tensor:
+        if isinstance(x, FakeTensor) and get_proxy_mode() is None and not _learns(x, *given):
             return torch.empty_like(x, dtype=dtype)
-        return function(x, *given, **named)
+        return function(x, *given)
 
     LIBRARY.impl(name, kernel, "CompositeImplicitAutograd")
+
+
+def _learns(*given: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in given)
 
 
 def per_threshold(top: int, theta: Tensor) -> Tensor:

@@ -239,6 +239,13 @@ def test_a_fake_tensor_takes_no_step(op: Any) -> None:
     assert called.names == ["aten.empty.memory_format", "aten.empty_like.default"]
 
 
+def test_a_fake_tensor_knows_that_it_learns() -> None:
+    with FakeTensorMode():
+        theta = torch.ones(4, requires_grad=True)
+        assert qcfs.op(torch.empty(3, 4), theta, *Neuron("rate", 8, 1, True).args).requires_grad
+        assert not qcfs.op(torch.empty(3, 4), theta.detach(), *Neuron("rate", 8, 1, True).args).requires_grad
+
+
 @pytest.mark.parametrize("neuron", ONE_PER_CODE, ids=lambda n: n.code)
 def test_a_traced_fake_tensor_takes_every_step(neuron: Neuron) -> None:
     def counted(u: Tensor) -> Tensor:
