@@ -22,7 +22,7 @@ BENCHES = {
     "robust": "the deployed network on random shapes, called very often, by two threads at once; a large file",
     "speed": "integer form in ONNX Runtime beside the original and ONNX Runtime's own int8: time, fidelity, size",
     "spiking": "neuron groups beside float functions: error, coverage, spikes, perplexity, cost",
-    "tools": "planted faults named and reduced, time and size of the report",
+    "tools": "planted faults named and reduced, graph texts parsed back and run on, time and size of the report",
     "ticks": "the synchronous schedule: error and spikes by tick, perplexity, cost of a tick",
 }
 

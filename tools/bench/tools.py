@@ -1,4 +1,4 @@
-"""Pass tools and report: time to name a planted fault, what reduce leaves of it, time and size of the report."""
+"""Pass tools and report: time to name a planted fault, what reduce leaves of it, graph texts, the report."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+import torch
+
 import fasfx
 from fasfx import tools
 from fasfx.calibration import sentences, text_batches
 from fasfx.cli_reports import FEW
+from fasfx.graph_text import text
 from fasfx.tools.bench import cases, models, timing
 from fasfx.tools.bench.planted import FAULTS
 from fasfx.tools.bench.tables import Table, below
+from fasfx.tools.subjects import output
 
 NAMED_WITHIN, NODES = 180.0, 5  # seconds of processor time; operators that reduce may leave
 REPORTS = {"MiniLM-L6": (cases.minilm, 60.0), "SmolLM2-135M": (cases.smollm2, 300.0)}  # seconds
@@ -45,6 +49,25 @@ def faults(quick: bool) -> Iterator[Table]:
     yield Table(f"Planted faults in {title}", columns, lines, note)
 
 
+def texts(quick: bool) -> Iterator[Table]:
+    """MiniLM's program after every pass as a text: parsed back, and run on from there; not in a quick run."""
+    if quick:
+        return
+    lines = []
+    with tempfile.TemporaryDirectory() as folder:
+        given = tools.subject(cases.minilm()[0], batches=cases.calibration("news", quick=True))
+        final = output(tools.run(given, dump=Path(folder)), given.inputs)
+        for stage in sorted(Path(folder).iterdir()):
+            again, written = tools.subject(stage / "graph.txt"), (stage / "graph.txt").read_text("utf-8")
+            found = output(tools.run(again), given.inputs)
+            differ = sum(not torch.equal(found[name], value) for name, value in final.items())
+            figures = (len(again.program.graph.nodes), int(text(again.program) != written), differ)
+            lines.append(below(stage.name, figures, (math.inf, 1, 1), "the same", "{:.0f}"))
+    columns = ("after", "nodes", "texts that differ", "outputs that differ")
+    note = "Default settings; outputs of the lowered program, to the bit."
+    yield Table("MiniLM-L6 from its graph text", columns, lines, note)
+
+
 def report(quick: bool) -> Iterator[Table]:
     """The report of a converted network as `fasfx report` writes it without --data (quick: of MiniLM only)."""
     lines = []
@@ -67,4 +90,4 @@ def _timed(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T, 
         return call(*args, **kwargs), time.process_time() - start
 
 
-PARTS = {"faults": faults, "report": report}
+PARTS = {"faults": faults, "texts": texts, "report": report}
