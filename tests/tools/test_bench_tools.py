@@ -42,8 +42,9 @@ def test_the_reports_time_and_size_are_held_to_their_limits(monkeypatch: pytest.
 
     monkeypatch.setattr(tools, "text_batches", lambda *_: [models.tiny_inputs("bert")])
     monkeypatch.setattr(fasfx, "report", written)
-    for seconds, met in ((60.0, True), (0.0, False)):
+    for seconds, opening, met in ((60.0, 1.0, True), (0.0, 1.0, False), (60.0, 2.5, False)):
         monkeypatch.setattr(tools, "REPORTS", {"one": (load, seconds), "two": (load, seconds)})
+        monkeypatch.setattr(tools, "_opening", lambda _, opening=opening: opening)
         (table,) = tools.report(quick=True)
         (line,) = table.lines
-        assert (line.label, line.figures[1], line.met) == ("one", 2.5, met)
+        assert (line.label, *line.figures[1:], line.met) == ("one", 2.5, opening, met)

@@ -14,6 +14,7 @@ import pytest
 
 import fasfx
 from fasfx.errors import CheckpointError, InputError, RuntimeUnavailableError
+from fasfx.tools.bench.browser import chromium
 from fasfx.tools.bench.models import tiny, tiny_inputs
 from fasfx.tools.report.senders import NEURONS
 
@@ -97,25 +98,16 @@ def test_without_the_extra_it_names_the_pip_command(network: Any, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def browser(page: Path) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    pytest.importorskip("selenium", reason="needs selenium")
     from selenium.webdriver.support.wait import WebDriverWait
 
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1400"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try:
+    with chromium() as found:
         found.get(page.as_uri())
         wait = "return document.querySelectorAll('.chart svg').length"
         WebDriverWait(found, 60).until(lambda one: one.execute_script(wait) == len(CHARTS))
         yield found
-    finally:
-        found.quit()
 
 
 def column(browser: Any, table: str, number: int) -> list[str]:
