@@ -159,7 +159,10 @@ def floored(seen: Tensor, product: bool) -> Tensor:
 
 
 def _couple(theta: dict[str, Tensor], node: Node) -> None:
-    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum."""
+    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum.
+
+    The same for every head too, which one factor then scales: what a softmax reads must be as exact in each.
+    """
     names = [operand(arg).name for arg in node.args]
     if not all(name in theta for name in names):
         return
@@ -167,7 +170,7 @@ def _couple(theta: dict[str, Tensor], node: Node) -> None:
     per_channel = (a.dim() >= 1 and a.shape[-1] > 1, b.dim() >= 2 and b.shape[-2] > 1)
     if all(per_channel):
         product = a * b.transpose(-1, -2)
-        factor = (product.amax(-1, keepdim=True) / product).sqrt()
+        factor = (product.amax() / product).sqrt()
         theta[names[0]], theta[names[1]] = a * factor, b * factor.transpose(-1, -2)
     elif per_channel[0]:
         theta[names[0]] = a.amax(-1, keepdim=True)
