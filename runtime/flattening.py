@@ -37,7 +37,8 @@ def flatten_rows(gm: GraphModule) -> GraphModule:
 
 
 def _is_layer(node: Node) -> bool:
-    return node.target is ops.integer_linear.op and node.args[3] is not None and is_byte(node.args[0])
+    biased = node.target is ops.integer_linear.op and node.args[3] is not None
+    return biased and is_byte(node.args[0]) and len(node.meta["val"].shape) > 2
 
 
 def _is_row_wise(node: Any) -> bool:
