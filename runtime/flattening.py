@@ -12,10 +12,11 @@ from torch.fx.node import map_arg
 from fasfx import ops
 from fasfx.program import fake, insert, operators
 from fasfx.runner import tidy
-from fasfx.synapses import VIEWS, is_byte
+from fasfx.synapses import is_byte
 
 aten = torch.ops.aten
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
+_RESHAPES = (aten.view.default, aten.reshape.default)
 
 
 def flatten_rows(gm: GraphModule) -> GraphModule:
@@ -28,7 +29,7 @@ def flatten_rows(gm: GraphModule) -> GraphModule:
     for node in list(operators(gm)):
         if node.target is aten.sym_size.int:
             sizes.setdefault(str(node.meta["val"]), node)
-        elif node.target in VIEWS[:2] and node.args[0] in flat:
+        elif node.target in _RESHAPES and node.args[0] in flat:
             node.update_arg(0, flat[node.args[0]])  # type: ignore[index]
         elif _is_layer(node) or (any(n in flat for n in node.all_input_nodes) and _is_row_wise(node)):
             _flatten(gm, node, flat, sizes)
@@ -51,8 +52,8 @@ def _is_row_wise(node: Any) -> bool:
         return len(node.args[1]) == 1
     if node.target not in ops.NEURONS | {ops.integer_linear.op} and torch.Tag.pointwise not in node.target.tags:
         return False
-    values = [value for value in map(fake, node.all_input_nodes) if value is not None and value.dim() > 1]
-    return all(_rows(value) == _rows(fake(node)) for value in values)
+    values = [value for value in map(fake, (node, *node.all_input_nodes)) if value is not None and value.dim() > 1]
+    return all(_rows(value) == _rows(fake(node)) and isinstance(value.shape[-1], int) for value in values)
 
 
 def _rows(value: Any) -> list[str]:
@@ -64,14 +65,14 @@ def _flatten(gm: GraphModule, node: Node, flat: dict[Node, Node], sizes: dict[st
     for value in node.all_input_nodes:
         found = fake(value)
         if value not in flat and found is not None and found.dim() > 2:
-            flat[value] = insert(gm, node, value, aten.view.default, value, [-1, found.shape[-1]])
+            flat[value] = insert(gm, node, value, aten.reshape.default, value, [-1, found.shape[-1]])
     new = insert(gm, node, node, node.target, *map_arg(node.args, lambda n: flat.get(n, n)), **node.kwargs)  # type: ignore
     shaped = fake(node)
     if shaped is None:  # a split: its parts follow
         flat[node] = new
         return
     shape = [_size(gm, node, dim, size, sizes) for dim, size in enumerate(shaped.shape)]
-    back = insert(gm, node, node, aten.view.default, new, shape)
+    back = insert(gm, node, node, aten.reshape.default, new, shape)
     flat[back] = new
     node.replace_all_uses_with(back)
     gm.graph.erase_node(node)
