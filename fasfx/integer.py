@@ -15,12 +15,15 @@ from fasfx.applying import may_apply
 from fasfx.errors import ConfigError
 from fasfx.ledger import Bound, Entry
 from fasfx.ops.byte_count import LARGEST, fits, pair_limit, zero_of
-from fasfx.program import add_tensor, arg, decline, facts, fake, insert, module_path
+from fasfx.program import add_tensor, arg, arguments, decline, facts, fake, insert, module_path
 from fasfx.scales import Scaler
 from fasfx.synapses import VIEWS, Carriers
 
 aten = torch.ops.aten
-ROUNDED = Bound(sympy.Symbol("step", positive=True) / 2, "error of one weight; step: its output channel's")
+ROUNDED = Bound(
+    sympy.Symbol("step", positive=True) / 2, "error of a weight, or of the bias; step: its output channel's"
+)
+WIDEST_BIAS = 2**30  # in steps: with what is summed it stays in 32 bits
 
 
 def evens_channels(gm: GraphModule) -> bool:
@@ -52,33 +55,47 @@ def use_int8_weights(gm: GraphModule) -> None:
     """Round the weights of every linear layer that reads spikes, after folding, and embeddings to int8.
 
     One scale per output channel, or per row of an embedding. Symmetric, and two adjacent weights of a layer so small
-    that a processor which sums their products in 16 bits does not saturate.
+    that a processor which sums their products in 16 bits does not saturate. A bias is int32 in the same scale; a layer
+    whose bias is computed stays in float.
     """
-    carriers, linear = Carriers(gm), _weights(gm, aten.linear.default, 1)
+    carriers, linear, biases = Carriers(gm), _fixed(gm, aten.linear.default, 1), _fixed(gm, aten.linear.default, 2)
+    linear = {node: weight for node, weight in linear.items() if node in biases or arguments(node)["bias"] is None}
     layers = {node: weight for node, weight in linear.items() if carriers.is_sent(node.args[0])}
     layers = {node: weight for node, weight in layers.items() if may_apply("lower", "int8_weights", node)}
+    least = {node: biases[node].abs() / WIDEST_BIAS for node in layers if node in biases}
     kept = dict[Node, tuple[Node, Tensor]]()
-    for node, weight in _weights(gm, aten.embedding.default, 0).items():
+    for node, weight in _fixed(gm, aten.embedding.default, 0).items():
         if may_apply("lower", "int8_weights", node):
-            _round_embedding(gm, node, weight, layers, kept)
+            _round_embedding(gm, node, weight, layers, least, kept)
     for node, weight in layers.items():
-        stored: tuple[Any, Tensor] = kept.get(node) or rounded(weight, _pair(node))
-        bias = arg(node, 2) if len(node.args) > 2 else None
+        stored: tuple[Any, Tensor] = kept.get(node) or rounded(weight, _pair(node), least.get(node))
+        bias = None
+        if node in biases:
+            steps = (biases[node].double() / stored[1].double()).round().to(torch.int32)
+            bias = add_tensor(gm, f"{node.name}_bias", steps, node)
         _replace(gm, node, ops.integer_linear.op, (arg(node, 0),), *stored, (bias, 0))
 
 
-def _weights(gm: GraphModule, target: Any, position: int) -> dict[Node, Tensor]:
+def _fixed(gm: GraphModule, target: Any, position: int) -> dict[Node, Tensor]:
     """Every node of an operator whose argument at a position is fixed -> the tensor it stands for."""
     scaler, nodes = Scaler(gm), gm.graph.find_nodes(op="call_function", target=target)
-    return {n: scaler.value_of(arg(n, position)) for n in nodes if scaler.is_fixed(n.args[position])}
+    found = [node for node in nodes if len(node.args) > position and scaler.is_fixed(node.args[position])]
+    return {node: scaler.value_of(arg(node, position)) for node in found}
 
 
 def _round_embedding(
-    gm: GraphModule, node: Node, weight: Tensor, layers: dict[Node, Tensor], kept: dict[Node, tuple[Node, Tensor]]
+    gm: GraphModule,
+    node: Node,
+    weight: Tensor,
+    layers: dict[Node, Tensor],
+    least: dict[Node, Tensor],
+    kept: dict[Node, tuple[Node, Tensor]],
 ) -> None:
     """An embedding in int8. Layers whose weights are its own, but for a factor, have the same integers."""
     twins = {layer: factor for layer, own in layers.items() if (factor := multiple(own, weight))}
-    whole, scale = rounded(weight, min(map(_pair, twins), default=2 * LARGEST))
+    needed = [least[layer] / factor for layer, factor in twins.items() if layer in least]
+    smallest = torch.stack(needed).amax(0) if needed else None
+    whole, scale = rounded(weight, min(map(_pair, twins), default=2 * LARGEST), smallest)
     rows: Node | Tensor = whole.t().contiguous()
     if twins:
         at = add_tensor(gm, f"{node.name}_int8", whole, node)
@@ -117,12 +134,15 @@ def _replace(
     facts(gm).ledger.add(Entry("lower", "int8_weights", new.name, module_path(new), ROUNDED, float(scale.max()) / 2))
 
 
-def rounded(weight: Tensor, pair: int) -> tuple[Tensor, Tensor]:
-    """weight [O, I] -> (int8 [I, O], scale [O]): the nearest, in [-127, 127], two adjacent ones of at most `pair`."""
+def rounded(weight: Tensor, pair: int, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """weight [O, I] -> (int8 [I, O], scale [O]): the nearest, in [-127, 127], two adjacent ones of at most `pair`.
+
+    least: what scale must be, [O]; only rows of almost nothing are below it.
+    """
     if weight.dtype == torch.float16:
         raise ConfigError("scales of int8 weights are too small for float16: convert model.float() or model.bfloat16()")
     wide = weight if weight.dtype == torch.float64 else weight.float()
-    scale = step(wide, pair)
+    scale = step(wide, pair) if least is None else torch.maximum(step(wide, pair), least.to(wide))
     return (wide / scale[:, None]).round().to(torch.int8).t().contiguous(), scale.to(weight)
 
 

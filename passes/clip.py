@@ -23,6 +23,7 @@ from fasfx.synapses import RELAYS, carried_values, is_gated, operand, sums_expon
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
+DOUBLED = 2.0  # what one factor for all heads may raise a threshold by
 CHANNEL_FLOOR = 1.0  # share of the floor that is in force
 
 
@@ -127,7 +128,7 @@ def thresholds(gm: GraphModule) -> dict[str, Tensor]:
     theta = {n: _threshold(site, config, n in gates, n in sums) for n, site in facts(gm).sites.items()}
     for node, live in synapses(gm):
         if node.target is aten.matmul.default and len(live) == 2:
-            _couple(theta, node)
+            _couple(theta, node, config.weights == "int8")
     for name, site in facts(gm).sites.items():
         if (learned := site.theta if site.tuned is None else site.tuned) is not None:
             theta[name] = learned
@@ -158,8 +159,11 @@ def floored(seen: Tensor, product: bool) -> Tensor:
     return torch.hypot(seen, CHANNEL_FLOOR * floor)
 
 
-def _couple(theta: dict[str, Tensor], node: Node) -> None:
-    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum."""
+def _couple(theta: dict[str, Tensor], node: Node, heads: bool) -> None:
+    """Make theta_a[d] * theta_b[d] the same for every summed channel d, by raising both: then it leaves the sum.
+
+    heads: the same for every head too, which one factor then scales, where no head is much narrower than another.
+    """
     names = [operand(arg).name for arg in node.args]
     if not all(name in theta for name in names):
         return
@@ -167,7 +171,10 @@ def _couple(theta: dict[str, Tensor], node: Node) -> None:
     per_channel = (a.dim() >= 1 and a.shape[-1] > 1, b.dim() >= 2 and b.shape[-2] > 1)
     if all(per_channel):
         product = a * b.transpose(-1, -2)
-        factor = (product.amax(-1, keepdim=True) / product).sqrt()
+        widest = product.amax(-1, keepdim=True)
+        if heads and widest.amax() <= DOUBLED**2 * widest.amin():
+            widest = widest.amax()
+        factor = (widest / product).sqrt()
         theta[names[0]], theta[names[1]] = a * factor, b * factor.transpose(-1, -2)
     elif per_channel[0]:
         theta[names[0]] = a.amax(-1, keepdim=True)

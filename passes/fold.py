@@ -105,15 +105,20 @@ def scale_to_reader(gm: GraphModule, scaler: Scaler, scales: dict[Node, Tensor],
 def product_scale(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     """The scale of a product from those of its operands; None if it differs between summed channels.
 
-    left [.., 1, D or 1], right [.., D or 1, E or 1]  ->  [.., 1, E or 1].
+    left [.., 1, D or 1], right [.., D or 1, E or 1]  ->  [.., 1, E or 1], or [] where all are alike.
     """
     a, b = (torch.ones(1, 1) if s is None else s.reshape(*[1] * max(0, 2 - s.dim()), *s.shape) for s in (left, right))
     a, b = a.to(b.device), b.to(a.device)
     summed = a.transpose(-1, -2) * b
     first = summed.narrow(-2, 0, 1)
-    if a.shape[-2] > 1 or not torch.allclose(summed, first.expand_as(summed), rtol=1e-5, atol=0):
+    if a.shape[-2] > 1 or not _alike(summed, first):
         return None
-    return strip(first)
+    one = first.flatten()[0]
+    return one if _alike(first, one) else strip(first)
+
+
+def _alike(scales: Tensor, like: Tensor) -> bool:
+    return torch.allclose(scales, like.expand_as(scales), rtol=1e-5, atol=0)
 
 
 def _per_input_channel(node: Node, scale: Tensor) -> Tensor | None:

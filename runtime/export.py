@@ -17,6 +17,7 @@ from fasfx.passes import Clip, Fold, Lower, Substitute
 from fasfx.program import facts, fake, freeze
 from fasfx.runner import Runner
 from fasfx.runtime.feeding import CONSTANTS
+from fasfx.runtime.flattening import flatten_rows
 from fasfx.runtime.integrity import write_sums
 from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
 from fasfx.runtime.merging import merge_layers
@@ -113,7 +114,7 @@ class _Closed(torch.nn.Module):
 def _closed(model: SpikingModel, form: str, integer: bool) -> GraphModule:
     """The closed form to export: as it is, in integers, or of a network with int8 weights with counts in float."""
     if form == "integer":
-        return merge_layers(model.graph_module)
+        return flatten_rows(merge_layers(model.graph_module))
     if not integer:
         return model.graph_module
     program = Runner([Clip(), Substitute(), Fold(), Lower(bytes_travel=False)]).run(model.ranged)

@@ -39,7 +39,7 @@ def _merge(gm: GraphModule, layers: list[Any]) -> None:
     counts, *_, zero = layers[0].args
     weights, scales = (torch.cat([attribute(gm, layer.args[at].target) for layer in layers], -1) for at in (1, 2))
     sizes = [layer.meta["val"].shape[-1] for layer in layers]
-    stored = {"int8": weights, "scale": scales, "bias": _biases(gm, layers, sizes, scales)}
+    stored = {"int8": weights, "scale": scales, "bias": _biases(gm, layers, sizes)}
     first = layers[0]
     at = [None if t is None else add_tensor(gm, f"merged_{name}", t, first) for name, t in stored.items()]
     merged = insert(gm, first, first, ops.integer_linear.op, counts, *at, zero)
@@ -60,9 +60,10 @@ def _neurons(layers: list[Any]) -> list[Node]:
     return found if len(found) == len(layers) and len({tuple(neuron.args[1:]) for neuron in found}) == 1 else []
 
 
-def _biases(gm: GraphModule, layers: list[Any], sizes: list[int], like: Tensor) -> Tensor | None:
+def _biases(gm: GraphModule, layers: list[Any], sizes: list[int]) -> Tensor | None:
     """The biases side by side, zeros where a layer has none; None if none has one."""
     found = [None if layer.args[3] is None else attribute(gm, layer.args[3].target) for layer in layers]
     if not any(bias is not None for bias in found):
         return None
-    return torch.cat([like.new_zeros(n) if bias is None else bias for n, bias in zip(sizes, found, strict=True)])
+    none = torch.zeros(max(sizes), dtype=torch.int32, device=attribute(gm, layers[0].args[1].target).device)
+    return torch.cat([none[:n] if bias is None else bias for n, bias in zip(sizes, found, strict=True)])

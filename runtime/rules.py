@@ -138,6 +138,16 @@ def _quotient(op: Any, x: Any, scale: Any, total: Any, unit: Any, least: Any) ->
     return op.Div(op.Mul(x, outer), op.Max(total, smallest))
 
 
+def _scaled_product(op: Any, a: Any, one: Any, zero: Any, b: Any, scale: Any) -> Any:
+    """A factor of a product of counts."""
+    return op.Mul(op.MatMul(op.DequantizeLinear(a, one, zero), b), scale)
+
+
+def _product(op: Any, a: Any, zero: Any, b: Any, scale: Any, **_: Any) -> Any:
+    """The factor as DequantizeLinear's scale: it joins the integer product. Exact."""
+    return op.MatMul(op.DequantizeLinear(a, _constant(op, scale.const_value.numpy().reshape(())), zero), b)
+
+
 def _numbers(*values: Any) -> list[float] | None:
     """What constants of one element hold; None if one is none."""
     found = [value.const_value for value in values]
@@ -162,6 +172,12 @@ def _is_symmetric(context: Any, n: Any, one: Any, zero: Any, low: Any, top: Any,
     return found is not None and found[1] == 1 and found[2] - found[3] == found[4] - found[2] == found[0]
 
 
+def _is_one_factor(context: Any, one: Any, b: Any, scale: Any, **_: Any) -> bool:
+    """The other side is bytes too; in the place of a factor of 1."""
+    known = (maker := b.producer()) is not None and maker.op_type == "DequantizeLinear"
+    return known and _numbers(one) == [1] and _numbers(scale) is not None
+
+
 def _is_constant(context: Any, scale: Any, unit: Any, least: Any, **_: Any) -> bool:
     found = _numbers(unit, least)
     return found is not None and found[0] > 0 and scale.const_value is not None
@@ -182,5 +198,6 @@ RULES = (
     pattern.RewriteRule(_lifted_byte, _byte_of_lifted, _is_byte, name="lifted_byte", remove_nodes=False),
     pattern.RewriteRule(_byte_of_row, _unclipped, _is_symmetric, name="byte_of_row", remove_nodes=False),
     pattern.RewriteRule(_times_reciprocal, _over_root, name="root"),
+    pattern.RewriteRule(_scaled_product, _product, _is_one_factor, name="scaled_product", remove_nodes=False),
     pattern.RewriteRule(_scaled_quotient, _quotient, _is_constant, name="quotient"),
 )

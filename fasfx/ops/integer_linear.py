@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from onnxscript import INT8
 from onnxscript import opset18 as onnx
 from onnxscript.function_libs.torch_lib.registration import torch_op
-from onnxscript.function_libs.torch_lib.tensor_typing import TReal
+from onnxscript.function_libs.torch_lib.tensor_typing import TInt, TReal
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fasfx.ops.library import LIBRARY, onnx_number, onnx_tensor
+from fasfx.ops.byte_value import onnx_byte_value
+from fasfx.ops.library import LIBRARY, onnx_tensor
 
 _PACKED = WeakIdKeyDictionary()  # weight -> the same in oneDNN's layout, made when first used
 
@@ -22,21 +23,23 @@ LIBRARY.define("integer_linear(Tensor n, Tensor weight, Tensor scale, Tensor? bi
 
 
 def integer_linear(n: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, zero: int) -> Tensor:
-    """(n - zero) @ weight * scale + bias.
+    """((n - zero) @ weight + bias) * scale.
 
-    Shape:  n [..., I] uint8, or counts in float with zero = 0; weight [I, O] int8; scale and bias [O]; result [..., O]
-            like scale.
+    Shape:  n [..., I] uint8, or counts in float with zero = 0; weight [I, O] int8; scale [O]; bias [O] int32;
+            result [..., O] like scale.
     Unit:   weight * scale is what one spike count adds to the current.
-    Error:  none for bytes: the product is in integers (int32 on a CPU). For counts in float, rounding of the sums.
+    Error:  none for bytes: the sum is in integers (int32 on a CPU), up to 2^24 in float. For counts in float, rounding
+            of the sums.
     Grad:   none for bytes.
     """
     if n.dtype != torch.uint8:
-        return F.linear(n, (weight.to(scale.dtype) * scale).t(), bias)
+        return F.linear(n, (weight.to(scale.dtype) * scale).t(), None if bias is None else bias * scale)
     if n.is_cpu and scale.dtype == torch.float32:
-        return _onednn(n, weight, scale, bias, zero)
+        if bias is None:
+            return _onednn(n, weight, scale, None, zero)
+        return _onednn(n, weight, torch.ones_like(scale), bias.to(scale.dtype), zero).mul_(scale)
     product = (n.to(torch.float64) - zero) @ weight.to(torch.float64)
-    current = product.to(scale.dtype) * scale
-    return current if bias is None else current + bias
+    return (product if bias is None else product + bias).to(scale.dtype) * scale
 
 
 def _onednn(n: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, zero: int) -> Tensor:
@@ -63,18 +66,18 @@ op = torch.ops.fasfx.integer_linear.default
 
 
 @torch_op("fasfx::integer_linear", trace_only=True)
-def onnx_integer_linear(n: TReal, weight: INT8, scale: TReal, bias: TReal | None, zero: int) -> TReal:
-    """MatMul of dequantised bytes and weights, which ONNX Runtime fuses into an integer product."""
-    shape: Any = n.shape
-    factor: Any = scale
-    counts: Any = n
-    flat = len(shape) == 2  # a MatMul of matrices and its bias would become a Gemm, which is not fused
-    if flat:
-        counts = onnx.Unsqueeze(counts, onnx_tensor(np.array([0])))
-    if n.dtype.numpy() == np.uint8:
-        one = onnx_number(1, np.dtype(factor.dtype.numpy()))
-        counts = onnx.DequantizeLinear(counts, one, onnx_number(zero, np.uint8))
+def onnx_integer_linear(n: TReal, weight: INT8, scale: TReal, bias: TInt | None, zero: int) -> TReal:
+    """MatMul of dequantised bytes and weights, or Gemm where a bias meets rows: ONNX Runtime does both in integers."""
+    shape, size = cast("tuple[Any, Any]", (n.shape, scale.shape))
+    counts, factor, added = cast("tuple[Any, Any, Any]", (n, scale, bias))
+    sent = n.dtype.numpy() == np.uint8
+    if sent:
+        counts = onnx_byte_value(counts, zero)
+    if sent and bias is not None and len(shape) == 2:
+        none = onnx_tensor(np.zeros(size, np.int8))  # without it ONNX Runtime multiplies in float
+        weights = onnx.DequantizeLinear(weight, factor, none, axis=1)
+        gemm: TReal = onnx.Gemm(counts, weights, onnx.DequantizeLinear(added, factor, axis=0))
+        return gemm
     product: Any = onnx.MatMul(counts, onnx.DequantizeLinear(weight, factor, axis=1))
-    current = product if bias is None else onnx.Add(product, bias)
-    out: TReal = onnx.Squeeze(current, onnx_tensor(np.array([0]))) if flat else current
+    out: TReal = product if bias is None else onnx.Add(product, onnx.Mul(onnx.CastLike(added, factor), factor))
     return out
