@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))  # `import strategies` from any test folder
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import strategies` from any t
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+from fasfx.ops import functions  # noqa: E402
 
 settings.register_profile(
     "fasfx",
@@ -30,3 +33,10 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def functions_of_its_own() -> Iterator[None]:
+    """What a test registers is forgotten afterwards."""
+    with mock.patch.dict(functions.FUNCTIONS), mock.patch.dict(functions.OPERATORS):
+        yield

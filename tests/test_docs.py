@@ -57,6 +57,7 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names["spiking"] == names["deployed"]).all()
 
 
+@pytest.mark.usefixtures("functions_of_its_own")
 def test_answers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"model": tiny("bert"), "batches": [tiny_inputs("bert", seed=seed) for seed in (1, 2)]}

@@ -229,6 +229,7 @@ def test_a_flat_range_has_a_group() -> None:
     assert group("cosh", "multi", 4, 20, None, (0.0, 0.0)).bound < 1e-2
 
 
+@pytest.mark.usefixtures("functions_of_its_own")
 def test_a_users_function_becomes_a_group() -> None:
     library = torch.library.Library("fasfx_test", "FRAGMENT")
     library.define("bump(Tensor x) -> Tensor")
