@@ -19,7 +19,7 @@ from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
 from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tools.bench.trained import Kept, tuned
 
-PERCENT, FIGURE = "{:.2%}", "{:.3f}"
+PERCENT, FIGURE, ERROR = "{:.2%}", "{:.3f}", "{:.3e}"
 CLOSE = 0.05  # what a quick run may lose
 QUICK_ROWS, QUICK_TUNING = 128, 4
 LAYER, BOTH = ("layer",), ("layer", "neuron")  # parts of stage II
@@ -120,7 +120,7 @@ def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> di
     both = _tuned(case, made, ticks, BOTH, quick)
     found[TUNED] = judge.cell(*both)
     errors = both.model.tuning
-    found |= {f"alignment error, {s}": Cell(float(errors[s].mean()), PERCENT) for s in ("before", "layer", "neuron")}
+    found |= {f"alignment error, {s}": Cell(float(errors[s].mean()), ERROR) for s in ("before", "layer", "neuron")}
     made.snn.schedule = "sequential"
     found[SEQUENTIAL] = judge.cell(made.snn)
     start = time.perf_counter()
