@@ -62,21 +62,25 @@ def require_provider(provider: str) -> None:
         raise ConfigError(f"no list of kernels for provider {provider!r}: choose {', '.join(PROVIDERS)}")
 
 
-def _nodes(graph: Any, outside: dict[str, str]) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Every node with the types of all values that it can see."""
+def _nodes(
+    graph: Any, outside: dict[str, str], fixed: frozenset[str] = frozenset()
+) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Every node that is not made of constants only, with the types of all values that it can see."""
     types = outside | {value.name: _type(value.type) for value in (*graph.input, *graph.value_info, *graph.output)}
     types |= {tensor.name: _name(tensor.data_type) for tensor in graph.initializer}
+    fixed |= {tensor.name for tensor in graph.initializer} - {value.name for value in graph.input}
     for node in graph.node:
+        bodies = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        if node.op_type == "Constant" or (node.input and not bodies and fixed.issuperset(filter(None, node.input))):
+            fixed |= {*node.output}  # ONNX Runtime computes these when it loads the file
+            continue
         yield node, types
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from _nodes(attribute.g, types)
+        for body in bodies:
+            yield from _nodes(body, types, fixed)
 
 
 def _lack(node: Any, opset: int, types: dict[str, str], kernels: dict[str, list[_Kernel]]) -> tuple[int | None, str]:
     """(version of the operator's schema, why no kernel takes the node; empty if one does)."""
-    if node.op_type == "Constant":  # ONNX Runtime makes it an initializer when it loads the file
-        return None, ""
     if node.domain not in STANDARD:
         return None, f"{node.domain} is not the standard domain"
     schema = onnx.defs.get_schema(node.op_type, opset)

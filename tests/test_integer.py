@@ -617,6 +617,7 @@ def test_counts_in_float_are_the_same_network(tmp_path: Path) -> None:
         snn.to_onnx(tmp_path, form="loop")
 
 
+@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 def test_a_file_is_small(tmp_path: Path) -> None:
     """int8 weights and embeddings: about a quarter of the float file, and one scale for every channel."""
     torch.manual_seed(0)

@@ -1,14 +1,16 @@
 """Which nodes have no CUDA kernel: none of any export at opset 18, and every planted one is found."""
 
 from pathlib import Path
+from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
 
 import fasfx
 from fasfx.calibration import without_cache
 from fasfx.errors import CheckpointError, ConfigError
-from fasfx.runtime import missing_kernels
+from fasfx.runtime import missing_kernels, providers
 from fasfx.tools.bench import cases, cost, kernels
 from fasfx.tools.bench.models import tiny, tiny_inputs
 from fasfx.tools.kernel_table import kernels as rows_of
@@ -59,6 +61,17 @@ PLANTED = {  # body of a graph, inputs and outputs around it: operator, words of
     ),
     "open range": ("(float[N] x) => (float[N] y) { y = ReduceMax(x) }", "ReduceMax", "no kernel for version 20"),
     "type of an output": ("(float[N] x) => (float8e4m3fnuz[N] y) { y = Cast<to=18>(x) }", "Cast", "T2=float8e4m3fnuz"),
+    "of a constant and an input": (
+        "(float[1] s) => (float[1] y) <int32[1] n = {3}> { y = DequantizeLinear(n, s) }",
+        "DequantizeLinear",
+        "no kernel for T1=int32",
+    ),
+    "a default that may be replaced": (
+        "(float[N] x, int32[1] n = {3}) => (float[N] y) <float[1] s = {2}> {"
+        " d = DequantizeLinear(n, s) y = Add(x, d) }",
+        "DequantizeLinear",
+        "no kernel for T1=int32",
+    ),
     "body of a Loop": (
         "(int64 n, bool go, uint8[N] x) => (uint8[N] y) { y = Loop(n, go, x) <body = tick (int64 i, bool c, uint8[N] a)"
         " => (bool d, uint8[N] b) { d = Identity(c) b = BitShift<direction='LEFT'>(a, x) }> }",
@@ -96,6 +109,29 @@ def test_what_has_a_kernel_is_not_found(tmp_path: Path) -> None:
         parts = SequenceConstruct(both, x) part = SequenceAt(parts, zero) y = Reshape(part, s)
     }"""
     assert missing_kernels(graph(body, 18, tmp_path)).empty
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_what_is_made_of_constants_only_is_computed_when_the_file_is_loaded(folded: bool, tmp_path: Path) -> None:
+    body = (
+        "(float[N] x) => (float[N] y) <float[1] s = {2}, int32[1] n = {3}> { d = DequantizeLinear(n, s) y = Add(x, d) }"
+    )
+    assert missing_kernels(graph(body, 18, tmp_path)).empty
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(providers.FOLDED, str(int(folded)))
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options)
+    left = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert left == (["Add"] if folded else ["DequantizeLinear", "Add"])
+
+
+def test_on_cuda_constants_are_folded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without CUDA: what the session would be opened with."""
+    opened: list[Any] = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [providers.CUDA, providers.CPU])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda _, options, providers: opened.append(options))
+    providers.DEVICES["cuda"][1](tmp_path / "model.onnx", providers.session_options(None))
+    assert opened[0].get_session_config_entry(providers.FOLDED) == "1"
 
 
 def test_a_row_tells_node_types_and_version(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ CASE = Case(
 )
 
 
+@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 def test_a_classification_has_four_tables_and_is_trained_once(small: Path) -> None:
     whole, times, deployed, beside = by_ticks.tables(CASE, quick=False)
     figures, seconds = labelled(whole), labelled(times)

@@ -85,6 +85,7 @@ def test_a_quantum_is_the_next_value_that_can_be_sent() -> None:
     assert sites.compare(torch.tensor([2.0, 3.0, 4.0]), values, radix) == (3, 2, 1)
 
 
+@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 @pytest.mark.parametrize("code", ["multi", "radix", "rate"])
 def test_counts_of_a_tiny_model_agree_site_by_site(code: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from fasfx.tools.bench import cases, exports, models, peers, speed
 from fasfx.tools.bench.timing import Ratio
 
 
+@pytest.mark.slow  # CI runs what it tests: README line 1 or a quick benchmark
 def test_every_form_is_timed_and_the_files_are_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny BERT in the place of MiniLM, tokens of its vocabulary."""
     model = models.tiny("bert")
