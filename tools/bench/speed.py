@@ -43,7 +43,7 @@ def minilm(quick: bool) -> Iterator[Table]:
     forms = {INTEGER: integer} | ({} if quick else {SPIKING: integer.replace(nonlinear="spiking")})
     shapes = SHAPES[:1] if quick else SHAPES
     with tempfile.TemporaryDirectory() as folder:
-        built, nets = build(network, forms, Path(folder))
+        built, nets = build(network, forms, Path(folder), cases.SLACK if quick else 1.0)
         yield memory(network, Path(folder), _tokens(shapes[-1]))
         yield from _times(network, Path(folder), shapes, LIMITS, quick)
         yield _embeddings(nets[INTEGER], OnnxModel(Path(folder) / INTEGER, threads=1), quick)
