@@ -56,15 +56,18 @@ def use_int8_weights(gm: GraphModule) -> None:
 
     One scale per output channel, or per row of an embedding. Symmetric, and two adjacent weights of a layer so small
     that a processor which sums their products in 16 bits does not saturate. A bias is int32 in the same scale; a layer
-    whose bias is computed stays in float.
+    whose bias is computed declines.
     """
-    carriers, linear, biases = Carriers(gm), _fixed(gm, aten.linear.default, 1), _fixed(gm, aten.linear.default, 2)
-    linear = {node: weight for node, weight in linear.items() if node in biases or arguments(node)["bias"] is None}
+    carriers, scaler = Carriers(gm), Scaler(gm)
+    linear, biases = _fixed(gm, scaler, aten.linear.default, 1), _fixed(gm, scaler, aten.linear.default, 2)
     layers = {node: weight for node, weight in linear.items() if carriers.is_sent(node.args[0])}
+    for node in [node for node in layers if node not in biases and arguments(node)["bias"] is not None]:
+        decline(gm, "lower", "int8_weights", node.name, "its bias is computed: weights and bias stay float")
+        del layers[node]
     layers = {node: weight for node, weight in layers.items() if may_apply("lower", "int8_weights", node)}
     least = {node: biases[node].abs() / WIDEST_BIAS for node in layers if node in biases}
     kept = dict[Node, tuple[Node, Tensor]]()
-    for node, weight in _fixed(gm, aten.embedding.default, 0).items():
+    for node, weight in _fixed(gm, scaler, aten.embedding.default, 0).items():
         if may_apply("lower", "int8_weights", node):
             _round_embedding(gm, node, weight, layers, least, kept)
     for node, weight in layers.items():
@@ -76,9 +79,9 @@ def use_int8_weights(gm: GraphModule) -> None:
         _replace(gm, node, ops.integer_linear.op, (arg(node, 0),), *stored, (bias, 0))
 
 
-def _fixed(gm: GraphModule, target: Any, position: int) -> dict[Node, Tensor]:
+def _fixed(gm: GraphModule, scaler: Scaler, target: Any, position: int) -> dict[Node, Tensor]:
     """Every node of an operator whose argument at a position is fixed -> the tensor it stands for."""
-    scaler, nodes = Scaler(gm), gm.graph.find_nodes(op="call_function", target=target)
+    nodes = gm.graph.find_nodes(op="call_function", target=target)
     found = [node for node in nodes if len(node.args) > position and scaler.is_fixed(node.args[position])]
     return {node: scaler.value_of(arg(node, position)) for node in found}
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec
 from fasfx.config import SpikeConfig
 from fasfx.ledger import Ledger
 from fasfx.logs import channel
-from fasfx.ops import GROUPS, LIKE_FIRST, NEURONS
+from fasfx.ops import GROUPS, NEURONS
 
 FACTS = "fasfx"
 aten = torch.ops.aten
@@ -285,7 +285,7 @@ def infer_node(node: Node) -> None:
     inputs = node.all_input_nodes
     if node.op != "call_function" or any("val" not in n.meta for n in inputs):
         return
-    if node.target in LIKE_FIRST or _is_multiple(node):
+    if _is_multiple(node):
         node.meta["val"] = inputs[0].meta["val"]
         return
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

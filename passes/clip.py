@@ -23,7 +23,7 @@ from fasfx.synapses import RELAYS, carried_values, is_gated, operand, sums_expon
 
 aten = torch.ops.aten
 QUIET = 0.75  # quantile of the channels' peaks, the floor of every threshold: unseen text wakes quiet channels
-DOUBLED = 2.0  # what one factor for all heads may raise a threshold by
+RAISED = 2.0  # the most that one factor for all heads may raise a threshold by
 CHANNEL_FLOOR = 1.0  # share of the floor that is in force
 
 
@@ -172,7 +172,7 @@ def _couple(theta: dict[str, Tensor], node: Node, heads: bool) -> None:
     if all(per_channel):
         product = a * b.transpose(-1, -2)
         widest = product.amax(-1, keepdim=True)
-        if heads and widest.amax() <= DOUBLED**2 * widest.amin():
+        if heads and widest.amax() <= RAISED**2 * widest.amin():
             widest = widest.amax()
         factor = (widest / product).sqrt()
         theta[names[0]], theta[names[1]] = a * factor, b * factor.transpose(-1, -2)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fasfx import ops
-from fasfx.program import fake, insert, operators
+from fasfx.program import arg, fake, insert, operators
 from fasfx.runner import tidy
 from fasfx.synapses import is_byte
 
@@ -29,8 +29,8 @@ def flatten_rows(gm: GraphModule) -> GraphModule:
     for node in list(operators(gm)):
         if node.target is aten.sym_size.int:
             sizes.setdefault(str(node.meta["val"]), node)
-        elif node.target in _RESHAPES and node.args[0] in flat:
-            node.update_arg(0, flat[node.args[0]])  # type: ignore[index]
+        elif node.target in _RESHAPES and arg(node, 0) in flat:
+            node.update_arg(0, flat[arg(node, 0)])
         elif _is_layer(node) or (any(n in flat for n in node.all_input_nodes) and _is_row_wise(node)):
             _flatten(gm, node, flat, sizes)
     tidy(gm)
@@ -60,13 +60,14 @@ def _rows(value: Any) -> list[str]:
     return [str(size) for size in value.shape[:-1]]
 
 
-def _flatten(gm: GraphModule, node: Node, flat: dict[Node, Node], sizes: dict[str, Node]) -> None:
+def _flatten(gm: GraphModule, node: Any, flat: dict[Node, Node], sizes: dict[str, Node]) -> None:
     """The node on [rows, D] in its place, followed by a view to the shape it had."""
     for value in node.all_input_nodes:
         found = fake(value)
         if value not in flat and found is not None and found.dim() > 2:
             flat[value] = insert(gm, node, value, aten.reshape.default, value, [-1, found.shape[-1]])
-    new = insert(gm, node, node, node.target, *map_arg(node.args, lambda n: flat.get(n, n)), **node.kwargs)  # type: ignore
+    args: Any = map_arg(node.args, lambda n: flat.get(n, n))
+    new = insert(gm, node, node, node.target, *args, **node.kwargs)
     shaped = fake(node)
     if shaped is None:  # a split: its parts follow
         flat[node] = new

@@ -63,7 +63,7 @@ def _neurons(layers: list[Any]) -> list[Node]:
 def _biases(gm: GraphModule, layers: list[Any], sizes: list[int]) -> Tensor | None:
     """The biases side by side, zeros where a layer has none; None if none has one."""
     found = [None if layer.args[3] is None else attribute(gm, layer.args[3].target) for layer in layers]
-    if not any(bias is not None for bias in found):
+    like = next((bias for bias in found if bias is not None), None)
+    if like is None:
         return None
-    none = torch.zeros(max(sizes), dtype=torch.int32, device=attribute(gm, layers[0].args[1].target).device)
-    return torch.cat([none[:n] if bias is None else bias for n, bias in zip(sizes, found, strict=True)])
+    return torch.cat([like.new_zeros(n) if bias is None else bias for n, bias in zip(sizes, found, strict=True)])

@@ -13,8 +13,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from fasfx.ops import functions  # noqa: E402
-
 settings.register_profile(
     "fasfx",
     deadline=None,
@@ -38,5 +36,7 @@ def seeded() -> Iterator[None]:
 @pytest.fixture
 def functions_of_its_own() -> Iterator[None]:
     """What a test registers is forgotten afterwards."""
+    from fasfx.ops import functions
+
     with mock.patch.dict(functions.FUNCTIONS), mock.patch.dict(functions.OPERATORS):
         yield

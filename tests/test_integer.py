@@ -154,7 +154,8 @@ def test_products_are_exact_in_torch_and_in_onnx_runtime(
     byte = (counts + zero).to(torch.uint8)
     wanted = (counts @ weight + (bias if biased else 0)).float() * scale
     assert torch.equal(Layer()(byte), wanted)
-    assert torch.allclose(Layer()(counts.float()) if zero == 0 else wanted, wanted, rtol=1e-4, atol=1e-2)
+    if zero == 0:
+        assert torch.allclose(Layer()(counts.float()), wanted, rtol=1e-4, atol=1e-2)
     rows = {"n": {0: torch.export.Dim("rows")}}
     file = tmp_path / "layer.onnx"
     torch.onnx.export(Layer().eval(), (byte,), file, opset_version=18, dynamo=True, dynamic_shapes=rows, verbose=False)
@@ -400,6 +401,7 @@ def test_a_layer_whose_bias_is_computed_stays_in_float() -> None:
     model, x = Computed().eval(), torch.randn(4, 6, 32)
     snn = fasfx.convert(model, [{"x": x}], fasfx.SpikeConfig.integer())
     assert not snn.graph_module.graph.find_nodes(op="call_function", target=ops.integer_linear.op)
+    assert "its bias is computed: weights and bias stay float" in set(snn.coverage.table.reason)
     with torch.no_grad():
         assert float((snn(x) - model(x)).norm() / model(x).norm()) < 0.05
 
@@ -416,10 +418,8 @@ def test_a_multiple_is_one_factor_for_every_weight(factor: float, at: int) -> No
 
 
 def test_smooth_makes_int8_weights_more_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it, one threshold per channel goes into the weights as it is. One scale for
-    all heads is another matter.
-    """
-    monkeypatch.setattr(clip, "DOUBLED", 0)
+    """Without it, one threshold per channel goes into the weights as it is; one factor for all heads is left out."""
+    monkeypatch.setattr(clip, "RAISED", 0)
     model, snn = converted("vit")
     monkeypatch.setattr(Smooth, "rewrite", lambda self, gm: False)
     _, other = converted("vit")
@@ -545,15 +545,15 @@ def test_rows_that_are_mixed_are_not_flat() -> None:
     assert all(fake(node.args[0]).dim() == 3 for node in sums) and sums
 
 
-@pytest.mark.parametrize(("doubled", "one"), [(1e9, True), (clip.DOUBLED, False)])
+@pytest.mark.parametrize(("raised", "one"), [(1e9, True), (clip.RAISED, False)])
 def test_one_factor_scales_the_scores_of_every_head(
-    doubled: float, one: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    raised: float, one: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Queries' and keys' thresholds have one product, and in ONNX it is the scale of the integer product.
 
     Not where a head is much wider than another, as here.
     """
-    monkeypatch.setattr(clip, "DOUBLED", doubled)
+    monkeypatch.setattr(clip, "RAISED", raised)
     _, snn = converted("bert")
     theta = thresholds(snn.ranged)
     pairs = [list(map(operand, node.args)) for node, live in synapses(snn.ranged) if len(live) == 2]
@@ -649,8 +649,11 @@ def test_what_does_not_fit_stays_float_and_is_told(changes: Any, why: str, tmp_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_run_and_are_exported_in_float32_only(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = tiny("llama").to(dtype)
+def test_other_dtypes_run_and_are_exported_in_float32_only(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(clip, "RAISED", 0)  # it moves the error of so small a network by chance: decision 12
+    model = uneven("llama").to(dtype)
     given = batch("llama")
     snn = fasfx.convert(model, [given | {"use_cache": False}], fasfx.SpikeConfig.integer())
     assert snn(**given).logits.dtype == dtype

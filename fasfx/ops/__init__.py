@@ -20,14 +20,11 @@ CLOSED = frozenset({count.op, byte_count.op})  # closed forms of a sequential ne
 NEURONS = CLOSED | {qcfs.op, fire.op, tick.op}
 GROUPS = frozenset({group.op, lookup.op})
 OPERATORS = NEURONS | GROUPS | {hadamard.op, byte_value.op, integer_embedding.op, integer_linear.op, integer_matmul.op}
-# Their shape rule: the result is like the first argument.
-LIKE_FIRST = (NEURONS | GROUPS | {hadamard.op}) - {byte_count.op}
 
 __all__ = [
     "CLOSED",
     "CODES",
     "GROUPS",
-    "LIKE_FIRST",
     "NEURONS",
     "OPERATORS",
     "Code",

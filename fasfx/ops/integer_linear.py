@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,13 +68,14 @@ op = torch.ops.fasfx.integer_linear.default
 @torch_op("fasfx::integer_linear", trace_only=True)
 def onnx_integer_linear(n: TReal, weight: INT8, scale: TReal, bias: TInt | None, zero: int) -> TReal:
     """MatMul of dequantised bytes and weights, or Gemm where a bias meets rows: ONNX Runtime does both in integers."""
-    shape, size = cast("tuple[Any, Any]", (n.shape, scale.shape))
-    counts, factor, added = cast("tuple[Any, Any, Any]", (n, scale, bias))
-    sent = n.dtype.numpy() == np.uint8
+    counts: Any = n
+    factor: Any = scale
+    added: Any = bias
+    sent, matrix = counts.dtype.numpy() == np.uint8, len(counts.shape) == 2
     if sent:
         counts = onnx_byte_value(counts, zero)
-    if sent and bias is not None and len(shape) == 2:
-        none = onnx_tensor(np.zeros(size, np.int8))  # without it ONNX Runtime multiplies in float
+    if sent and matrix and bias is not None:
+        none = onnx_tensor(np.zeros(factor.shape, np.int8))  # without it ONNX Runtime multiplies in float
         weights = onnx.DequantizeLinear(weight, factor, none, axis=1)
         gemm: TReal = onnx.Gemm(counts, weights, onnx.DequantizeLinear(added, factor, axis=0))
         return gemm

@@ -3,9 +3,9 @@
 import base64
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +101,11 @@ def browser(page: Path) -> Iterator[Any]:
     pytest.importorskip("selenium", reason="needs selenium")
     from selenium.webdriver.support.wait import WebDriverWait
 
-    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
-        pytest.skip("needs Chromium: apt-get install chromium chromium-driver")
-    with chromium() as found:
+    with ExitStack() as stack:
+        try:
+            found = stack.enter_context(chromium())
+        except RuntimeUnavailableError as error:
+            pytest.skip(str(error))
         found.get(page.as_uri())
         wait = "return document.querySelectorAll('.chart svg').length"
         WebDriverWait(found, 60).until(lambda one: one.execute_script(wait) == len(CHARTS))
