@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fasfx
-from fasfx.tools.bench import models, planted, tools
+from fasfx.tools.bench import cases, models, planted, tools
 
 
 def one_fault(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[Any]:
@@ -30,6 +30,14 @@ def test_a_fault_is_named_and_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_answer_is_a_wrong_one(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     (line,) = one_fault(monkeypatch, **changes)
     assert not line.met and line.figures[1] == 1
+
+
+def test_graph_texts_are_run_on_to_the_same_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "minilm", lambda: (models.tiny("bert"), None))
+    monkeypatch.setattr(cases, "calibration", lambda *_, **__: [models.tiny_inputs("bert")])
+    (table,) = tools.texts(quick=False)
+    assert [line.label for line in table.lines][::9] == ["0-captured", "9-lower"]
+    assert all(line.met and line.figures[1:] == (0, 0) for line in table.lines)
 
 
 def test_the_reports_time_and_size_are_held_to_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
