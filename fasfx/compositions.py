@@ -192,6 +192,8 @@ COMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.log_sigmoid.default: _log_sigmoid,
     aten.tan.default: lambda input: _div(aten.sin.default(input), aten.cos.default(input)),
     aten.exp2.default: lambda input: aten.exp.default(aten.mul.Tensor(input, math.log(2))),
+    aten.expm1.default: lambda input: aten.sub.Tensor(aten.exp.default(input), 1.0),
+    aten.log1p.default: lambda input: aten.log.default(aten.add.Tensor(input, 1.0)),
     aten.log2.default: lambda input: _of_log(input, 2),
     aten.log10.default: lambda input: _of_log(input, 10),
     aten.erfc.default: lambda input: aten.rsub.Scalar(aten.erf.default(input), 1.0),
