@@ -51,6 +51,14 @@ class Scaler:
         """Whether a node is a weight or computed from weights alone."""
         return isinstance(node, Node) and node in self._fixed
 
+    def is_constant(self, value: Any) -> bool:
+        """Whether a factor is a number or fixed."""
+        return isinstance(value, int | float) or self.is_fixed(value)
+
+    def constant(self, value: Any) -> Tensor:
+        """Such a factor as a tensor."""
+        return torch.tensor(value, dtype=torch.float64) if isinstance(value, int | float) else self.value_of(value)
+
     def scale_weight(self, node: Node, position: int, factor: Tensor) -> None:
         """Multiply the weight at an argument position; the factor broadcasts to the weight."""
         weight = node.args[position]
@@ -113,10 +121,9 @@ class Scaler:
     def _absorb_into_factor(self, node: Node, scale: Tensor) -> bool:
         """x * constant: hand the whole factor on, or change the constant."""
         x, factor = arg(node, 0), arg(node, 1)
-        number = isinstance(factor, int | float)
-        if not number and not self.is_fixed(factor):  # of two values either may take it
+        if not self.is_constant(factor):  # of two values either may take it
             return any(isinstance(value, Node) and self.absorb(value, scale) for value in (factor, x))
-        total: Tensor = scale * (factor if number else self.value_of(factor))
+        total = scale * self.constant(factor)
         if isinstance(x, Node) and self.absorb(x, total):
             node.replace_all_uses_with(arg(node, 0))  # x itself may have been a factor that is gone now
             self._gm.graph.erase_node(node)

@@ -28,13 +28,13 @@ SUMMED = "the scale does not leave the sum"
 class Fold(Pass):
     """Unit thresholds: exact up to float rounding of scaled weights.
 
-    Rules, in order: neuron_to_unit, scale_to_reader, scale_to_maker.
+    Rules, in order: neuron_to_unit, scale_to_reader, scale_to_maker, factor_to_factor.
     """
 
     name, takes, gives = "fold", "SPIKING", "FOLDED"
 
     def rewrite(self, gm: GraphModule) -> bool:
-        """Make every static neuron a unit neuron, then move both scales away."""
+        """Make every static neuron a unit neuron, move both scales away, and join what stays of them with weights."""
         scaler = Scaler(gm)
         neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if scaler.is_fixed(n.args[1])]
         scales = dict(neuron_to_unit(gm, scaler, n) for n in neurons if may_apply(self.name, "neuron_to_unit", n))
@@ -50,6 +50,9 @@ class Fold(Pass):
         for unit in scales:
             if may_apply(self.name, "scale_to_maker", unit):
                 scale_to_maker(gm, scaler, unit)
+        for product in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
+            if _is_chained(scaler, product) and may_apply(self.name, "factor_to_factor", product):
+                factor_to_factor(gm, scaler, product)
         return bool(neurons)
 
 
@@ -153,11 +156,24 @@ def _decode_before(gm: GraphModule, scaler: Scaler, unit: Node, scale: Tensor, r
 def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:
     """Move N / theta into what made the neuron's input, if nothing else reads that."""
     up: Node = arg(unit, 0)
-    x, factor = arg(up, 0), arg(up, 1)
-    scale = torch.tensor(factor) if isinstance(factor, float) else attribute(gm, str(factor.target))
-    if scaler.absorb(x, scale):
+    x = arg(up, 0)
+    if scaler.absorb(x, scaler.constant(arg(up, 1))):
         up.replace_all_uses_with(arg(up, 0))
         gm.graph.erase_node(up)
         return
     why = "others read the value too" if len(x.users) > 1 else f"a factor does not move through {x.target}"
     decline(gm, "fold", "scale_to_maker", unit.name, why)
+
+
+def _is_chained(scaler: Scaler, node: Node) -> bool:
+    """Whether a node is (x * a) * b for constants a and b, and alone in reading x * a."""
+    inner, factor = arg(node, 0), arg(node, 1)
+    alone = isinstance(inner, Node) and inner.target is aten.mul.Tensor and len(inner.users) == 1
+    return alone and scaler.is_constant(arg(inner, 1)) and scaler.is_constant(factor)
+
+
+def factor_to_factor(gm: GraphModule, scaler: Scaler, node: Node) -> None:
+    """(x * a) * b -> x * (a * b), as behind a norm: the scale of its factors and its weight."""
+    scaler.absorb(arg(node, 0), scaler.constant(arg(node, 1)))
+    node.replace_all_uses_with(arg(node, 0))  # what was there may be gone
+    gm.graph.erase_node(node)

@@ -22,6 +22,7 @@ from fasfx.runtime.integrity import write_sums
 from fasfx.runtime.loop import TIMESTEPS, describe_states, name_states, wrap_in_loop
 from fasfx.runtime.merging import merge_layers
 from fasfx.runtime.rules import for_runtime
+from fasfx.runtime.tabulating import tabulate
 from fasfx.runtime.ticks import StepGraph
 from fasfx.writing import written_beside
 
@@ -114,7 +115,7 @@ class _Closed(torch.nn.Module):
 def _closed(model: SpikingModel, form: str, integer: bool) -> GraphModule:
     """The closed form to export: as it is, in integers, or of a network with int8 weights with counts in float."""
     if form == "integer":
-        return flatten_rows(merge_layers(model.graph_module))
+        return tabulate(flatten_rows(merge_layers(model.graph_module)))
     if not integer:
         return model.graph_module
     program = Runner([Clip(), Substitute(), Fold(), Lower(bytes_travel=False)]).run(model.ranged)

@@ -212,6 +212,23 @@ def test_onnx_gives_the_same_values(functions: tuple[fasfx.SpikingModel, dict[st
         assert float((here - there[name]).abs().max()) < 0.02 * float(here.abs().max()), name
 
 
+def test_exponents_are_exact_in_onnx(tmp_path: Path) -> None:
+    """At every power of two, and at the floats beside it: mantissa and exponent come from a logarithm there."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"1/x": x.reciprocal(), "root": x.sqrt(), "1/root": x.rsqrt(), "log": x.log()}
+
+    powers = torch.exp2(torch.arange(-126, 128, dtype=torch.float64)).float()
+    x = torch.cat([powers, powers.nextafter(torch.tensor(torch.inf)), powers[1:].nextafter(torch.zeros(()))])
+    x = torch.cat([x, torch.tensor([3.4028235e38])]).unsqueeze(1)
+    snn = fasfx.convert(Net(), [{"x": x}], SPIKING)
+    snn.to_onnx(tmp_path)
+    there = OnnxModel(tmp_path)(x=x)
+    for name, here in snn(x=x).items():
+        assert torch.allclose(here, there[name], rtol=1e-6, atol=1e-6 if name == "log" else 0), name
+
+
 def test_a_checkpoint_keeps_the_ranges(functions: tuple[fasfx.SpikingModel, dict[str, Tensor]], tmp_path: Path) -> None:
     snn, batch = functions
     snn.save_pretrained(tmp_path / "net")

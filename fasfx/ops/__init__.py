@@ -2,6 +2,7 @@
 
 from fasfx.ops import (
     byte_count,
+    byte_lookup,
     byte_value,
     count,
     fire,
@@ -19,7 +20,11 @@ from fasfx.ops.codes import CODES, Code
 CLOSED = frozenset({count.op, byte_count.op})  # closed forms of a sequential network's neurons
 NEURONS = CLOSED | {qcfs.op, fire.op, tick.op}
 GROUPS = frozenset({group.op, lookup.op})
-OPERATORS = NEURONS | GROUPS | {hadamard.op, byte_value.op, integer_embedding.op, integer_linear.op, integer_matmul.op}
+OPERATORS = (
+    NEURONS
+    | GROUPS
+    | {hadamard.op, byte_lookup.op, byte_value.op, integer_embedding.op, integer_linear.op, integer_matmul.op}
+)
 
 __all__ = [
     "CLOSED",
@@ -29,6 +34,7 @@ __all__ = [
     "OPERATORS",
     "Code",
     "byte_count",
+    "byte_lookup",
     "byte_value",
     "count",
     "fire",

@@ -101,7 +101,9 @@ def onnx_lookup(
     z, k = onnx_split(reduction, value, wide)
     cells = int(rows.shape[0]) - 1
     position = onnx.Mul(onnx.Sub(z, onnx_number(low, wide)) if low else z, onnx_number(cells / (high - low), wide))
-    y: Any = onnx_take(rows, onnx.Clip(position, onnx_number(0, wide), onnx_number(cells, wide)))
+    if not REDUCTIONS[reduction].relative:  # else z lies in the core's interval
+        position = onnx.Clip(position, onnx_number(0, wide), onnx_number(cells, wide))
+    y: Any = onnx_take(rows, position)
     if right:
         y = onnx.Add(y, onnx.Mul(onnx.Relu(z), onnx_number(right, wide)))
     if left:

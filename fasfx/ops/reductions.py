@@ -104,7 +104,7 @@ def onnx_split(reduction: str, x: Any, kind: Any) -> tuple[Any, Any]:
     if reduction == "exp":
         bias = _bias(kind)
         t = onnx.Clip(
-            onnx.Mul(x, onnx_number(math.log2(math.e), kind)), onnx_number(-bias - 1, kind), onnx_number(bias + 1, kind)
+            onnx.Mul(x, onnx_number(math.log2(math.e), kind)), onnx_number(-bias, kind), onnx_number(bias + 1, kind)
         )
         k = onnx.Floor(t)
         return onnx.Sub(t, k), k
@@ -128,33 +128,36 @@ def onnx_join(reduction: str, y: Any, k: Any, kind: Any) -> Any:
     if reduction == "log":
         return onnx.Add(y, onnx.Mul(k, onnx_number(math.log(2), kind)))
     if reduction == "reciprocal":
-        return onnx.Mul(_onnx_shifted(y, onnx.Neg(k[0]), kind), k[1])
+        return onnx.Mul(onnx.Mul(y, _onnx_power(onnx.Neg(k[0]), kind, subnormal=True)), k[1])
     return onnx.Mul(y, _onnx_power(onnx.Neg(k) if reduction == "rsqrt" else k, kind))
 
 
 def _onnx_mantissa(size: Any, kind: Any) -> tuple[Any, Any]:
-    """z in [1, 2) and the exponent; the logarithm may round across a power of two, so both are put right."""
-    e = onnx.Floor(onnx.Mul(onnx.Log(size), onnx_number(1 / math.log(2), kind)))
-    z = _onnx_shifted(size, onnx.Neg(e), kind)
-    one, two = onnx_number(1, kind), onnx_number(2, kind)
-    up = onnx.Cast(onnx.GreaterOrEqual(z, two), to=_onnx_type(kind))
-    down = onnx.Cast(onnx.Less(z, one), to=_onnx_type(kind))
-    z = onnx.Mul(z, onnx.Sub(onnx.Add(one, down), onnx.Mul(up, onnx_number(0.5, kind))))
-    return z, onnx.Sub(onnx.Add(e, up), down)
+    """z in [1, 2) and the exponent.
 
-
-def _onnx_shifted(y: Any, k: Any, kind: Any) -> Any:
-    half = onnx.Floor(onnx.Mul(k, onnx_number(0.5, kind)))
-    return onnx.Mul(onnx.Mul(y, _onnx_power(half, kind)), _onnx_power(onnx.Sub(k, half), kind))
-
-
-def _onnx_power(k: Any, kind: Any) -> Any:
+    A logarithm made a little smaller than it may be rounded gives the exponent or one less, and so does a largest
+    exponent of one less, whose inverse is a normal number; what lies in [2, 4) is put right.
+    """
     bias = _bias(kind)
+    logarithm = onnx.Mul(onnx.Log(size), onnx_number(1 / math.log(2), kind))
+    below = onnx.Floor(onnx.Sub(logarithm, onnx_number(4 * bias * np.finfo(kind).eps, kind)))
+    e = onnx.Min(below, onnx_number(bias - 1, kind))
+    z = onnx.Mul(size, _onnx_power(onnx.Neg(e), kind))
+    up = onnx.Cast(onnx.GreaterOrEqual(z, onnx_number(2, kind)), to=_onnx_type(kind))
+    z = onnx.Mul(z, onnx.Sub(onnx_number(1, kind), onnx.Mul(up, onnx_number(0.5, kind))))
+    return z, onnx.Add(e, up)
+
+
+def _onnx_power(k: Any, kind: Any, subnormal: bool = False) -> Any:
+    """2^k for whole k of the exponent's range; below the normal numbers 0, if it is not to be exact.
+
+    The table ends with those of negative k: a negative index counts from the end.
+    """
+    bias = _bias(kind)
+    exponents = np.r_[: bias + 2, -bias:0].astype(np.float64)
     with np.errstate(over="ignore"):
-        powers = np.exp2(np.arange(-bias, bias + 2, dtype=np.float64)).astype(kind)
-    powers[0] = 0  # below the normal range
-    index = onnx.Clip(onnx.Add(k, onnx_number(bias, kind)), onnx_number(0, kind), onnx_number(2 * bias + 1, kind))
-    return onnx_take(onnx_tensor(powers), index)
+        powers = np.where((exponents > -bias) | subnormal, np.exp2(exponents), 0).astype(kind)
+    return onnx_take(onnx_tensor(powers), k)
 
 
 def onnx_take(table: Any, index: Any) -> Any:

@@ -12,7 +12,7 @@ import fasfx
 from fasfx.config import SpikeConfig
 from fasfx.ops import CODES
 from fasfx.passes.clip import thresholds
-from fasfx.program import attribute, facts
+from fasfx.program import attribute, constants, facts
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
 FLOAT_ACCURACY = 1e-11  # float64, a few layers, counts up to 2^19 folded into weights
@@ -131,6 +131,28 @@ def test_shared_values_are_listed() -> None:
     folded = stages(shared.double(), SpikeConfig(nonlinear="exact"))["FOLDED"]
     reasons = {(d.rule, d.reason) for d in facts(folded).declined if d.pass_name == "fold"}
     assert reasons == {INPUT, ("scale_to_maker", "others read the value too")}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_factors_in_a_row_become_one(twice: bool) -> None:
+    """Behind a norm of spiking products: the scale of its factors, the weight. Not if the value between is read too."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            between = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1)
+            return between * self.weight + (between if twice else 0)
+
+    made = Net("norm", Norm().eval(), {"x": torch.randn(50, 8)}).double()
+    config = SpikeConfig(code="radix", timesteps=12)
+    folded = stages(made, config)["FOLDED"]
+    products, fixed = folded.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor), constants(folded)
+    factors = [n for n in products if isinstance(n.args[1], float) or n.args[1] in fixed]
+    assert len([n for n in factors if n.args[0] in factors]) == twice
+    assert same(outputs(made.module, made.batch), outputs(folded, made.batch), 1e-3)
 
 
 @pytest.mark.parametrize("name", ["conv_transpose", "matmul_weight", "dynamic_weight"])

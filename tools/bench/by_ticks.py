@@ -22,7 +22,6 @@ from fasfx.tools.bench.trained import Kept, tuned
 PERCENT, FIGURE, ERROR = "{:.2%}", "{:.3f}", "{:.3e}"
 CLOSE = 0.05  # what a quick run may lose
 QUICK_ROWS, QUICK_TUNING = 128, 4
-LAYER, BOTH = ("layer",), ("layer", "neuron")  # parts of stage II
 PAPER = 0.9663  # the energy that FAS saves by its own counting, of the layers that spike
 
 
@@ -81,7 +80,7 @@ def tables(case: Case, quick: bool) -> Iterator[Table]:
     yield Table(f"{title}: wall time of every cell, s", header, times, note)
     if task.score == "accuracy":
         at = case.trained if case.trained in ticks else ticks[-1]
-        snn = _tuned(case, made, at, BOTH, quick).model
+        snn = _tuned(case, made, at, quick)[1].model
         yield deployed(task, _both_forms(made, snn, at), rows, CLOSE if quick else 0.0)
         yield beside(task, made.original.model, snn, rows)
 
@@ -100,11 +99,12 @@ def _note(case: Case, judge: Judge, made: Made) -> str:
     )
 
 
-def _tuned(case: Case, made: Made, ticks: int, stages: tuple[str, ...], quick: bool) -> Kept:
-    """The synchronous network after stage II at this T."""
+def _tuned(case: Case, made: Made, ticks: int, quick: bool) -> tuple[Kept, Kept]:
+    """The synchronous network at this T after either part of stage II; the second goes on from the first."""
     made.snn.schedule, made.snn.timesteps = "synchronous", ticks
     batches = QUICK_TUNING if quick else case.tuning
-    return tuned(case.task, made.snn, stages, [made.of, ticks], batches, case.spikes)
+    layer = tuned(case.task, made.snn, "layer", [made.of, ticks], batches, case.spikes)
+    return layer, tuned(case.task, layer.model, "neuron", [made.of, ticks], batches, case.spikes)
 
 
 def _both_forms(made: Made, tuned: fasfx.SpikingModel, ticks: int) -> dict[str, fasfx.SpikingModel]:
@@ -116,16 +116,16 @@ def _both_forms(made: Made, tuned: fasfx.SpikingModel, ticks: int) -> dict[str, 
 def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> dict[str, Cell]:
     """The column of one T: row -> cell."""
     made.snn.schedule, made.snn.timesteps = "synchronous", ticks
-    found = {"uncalibrated": judge.cell(made.snn), "after layer": judge.cell(*_tuned(case, made, ticks, LAYER, quick))}
-    both = _tuned(case, made, ticks, BOTH, quick)
-    found[TUNED] = judge.cell(*both)
-    errors = both.model.tuning
-    found |= {f"alignment error, {s}": Cell(float(errors[s].mean()), ERROR) for s in ("before", "layer", "neuron")}
+    found, (layer, neuron) = {"uncalibrated": judge.cell(made.snn)}, _tuned(case, made, ticks, quick)
+    found |= {"after layer": judge.cell(*layer), TUNED: judge.cell(*neuron)}
+    errors = {"before": layer.model.tuning["before"], "layer": layer.model.tuning["layer"]}
+    errors["neuron"] = neuron.model.tuning["neuron"]
+    found |= {f"alignment error, {stage}": Cell(float(of.mean()), ERROR) for stage, of in errors.items()}
     made.snn.schedule = "sequential"
     found[SEQUENTIAL] = judge.cell(made.snn)
     start = time.perf_counter()
     task = judge.task
-    cost = fasfx.energy(both.model, task.inputs(task.test[: task.size], device_of(both.model)))
+    cost = fasfx.energy(neuron.model, task.inputs(task.test[: task.size], device_of(neuron.model)))
     return found | {
         SPIKES: Cell(cost.spikes, FIGURE, time.perf_counter() - start),
         "energy, layers that spike": Cell(1 - cost.headline, PERCENT),

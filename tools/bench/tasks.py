@@ -5,6 +5,7 @@ Every task has rows to train on and others to measure on, which share no text or
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import random
@@ -108,7 +109,9 @@ def _language(name: str, model: Any, tokenizer: Any) -> Task:
     random.Random(0).shuffle(train)
     collate = collator(tokenizer, model)
     few = test[:: len(test) // MEASURED][:MEASURED]  # of both kinds of text
-    return Task(f"{name}, tales and books", lambda _: model, train, few, collate, "perplexity", size=ROWS)
+    return Task(
+        f"{name}, tales and books", lambda _: copy.deepcopy(model), train, few, collate, "perplexity", size=ROWS
+    )
 
 
 @cache

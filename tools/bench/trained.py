@@ -74,17 +74,16 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
 
 
-def tuned(name: str, snn: fasfx.SpikingModel, stages: tuple[str, ...], of: Any, batches: int,
-          spikes: float = 0.0) -> Kept:  # fmt: skip
-    """A spiking network after stage II, at its own T."""
-    task, recipe = TASKS[name](), {"stage II": of, "config": asdict(snn.spike_config), "stages": stages, "n": batches}
+def tuned(name: str, snn: fasfx.SpikingModel, stage: str, of: Any, batches: int, spikes: float = 0.0) -> Kept:
+    """A spiking network after a part of stage II, at its own T."""
+    task, recipe = TASKS[name](), {"stage II": of, "config": asdict(snn.spike_config), "stage": stage, "n": batches}
     folder = folder_of(recipe)
     if not (folder / "network").exists():
         start = time.perf_counter()
         if task.score == "perplexity":  # all ticks of a language model are more than 20 GB
             snn.gradient_checkpointing_enable()
         given = task.inputs(task.train[-batches * task.size :], device_of(snn))
-        found = tune(snn, given, stages, spikes=spikes, folder=folder / "tuning", progress=_report)
+        found = tune(snn, given, (stage,), spikes=spikes, folder=folder / "tuning", progress=_report)
         found.save_pretrained(folder / "network")
         _note(folder, recipe, start)
         shutil.rmtree(folder / "tuning")
