@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -102,7 +103,7 @@ def _times(
         for name, ratio in timing.ratios(times, cost.fastest_original(times)).items():
             rows.setdefault(name, []).append(ratio)
     slack = cases.SLACK if quick else 1.0
-    held = [slack * limits.get(shape, float("inf")) for shape in inputs]
+    held = [slack * limits.get(shape, math.inf) for shape in inputs]
     lines = [_line(name, rows, held, slack) for name in rows]
     spread = max(r.high - r.low for found in rows.values() for r in found)
     note = f"Base: the faster original. {timing.CONDITIONS}; quartiles at most {spread:.2f} apart."
@@ -112,7 +113,9 @@ def _times(
 def _line(name: str, rows: dict[str, list[timing.Ratio]], limits: list[float], slack: float) -> Line:
     medians = [ratio.median for ratio in rows[name]]
     if name == SPIKING:
-        return at_most(name, medians, SPIKING_LIMIT, RATIO)
+        at_limits = [median for median, limit in zip(medians, limits, strict=True) if limit < math.inf]
+        held = at_most(name, at_limits, SPIKING_LIMIT, RATIO)
+        return held._replace(figures=tuple(medians), target=f"{held.target} where the integer form has a limit")
     if name != INTEGER:
         return plain(name, medians, RATIO)
     line = below(name, medians, [slack * ratio.median for ratio in rows[DYNAMIC]], "", RATIO)
