@@ -145,7 +145,7 @@ LEVELS: dict[str, Level] = {
             "LOWERED",
             "lower",
             "closed form of the sequential schedule, or one tick of the synchronous one",
-            ops.OPERATORS - {ops.qcfs.op, ops.fire.op, ops.group.op},
+            ops.OPERATORS - {ops.qcfs.op, ops.fire.op, ops.group.op, ops.byte_lookup.op},
             (forbid("is not lowered", aten.dropout.default),),
         ),
     )

@@ -68,7 +68,7 @@ def operator_page(op: torch._ops.OpOverload) -> str:
     where = [f"[{name}](../{_level_file(name)})" for name, level in LEVELS.items() if op in level.operators]
     lines = [f"# {name}", "", f"{inspect.getdoc(file)}", "", f"```text\n{op._schema}\n```"]
     lines += ["", text_block(getattr(file, name))]
-    lines += ["", f"- levels: {', '.join(where)}"]
+    lines += ["", f"- levels: {', '.join(where) or 'none, an export puts it in'}"]
     lines += [f"- ONNX: {inspect.getdoc(onnx) if onnx else 'no form: no lowered program has it'}"]
     return "\n".join(lines) + "\n"
 
