@@ -56,8 +56,11 @@ class Scaler:
         return isinstance(value, int | float) or self.is_fixed(value)
 
     def constant(self, value: Any) -> Tensor:
-        """Such a factor as a tensor."""
-        return torch.tensor(value, dtype=torch.float64) if isinstance(value, int | float) else self.value_of(value)
+        """Such a factor as a tensor of floats."""
+        if isinstance(value, int | float):
+            return torch.tensor(value, dtype=torch.float64)
+        found = self.value_of(value)
+        return found if found.is_floating_point() else found.float()
 
     def scale_weight(self, node: Node, position: int, factor: Tensor) -> None:
         """Multiply the weight at an argument position; the factor broadcasts to the weight."""
@@ -152,6 +155,8 @@ class Scaler:
             positions = [p for p in (1, 2) if p < len(node.args) and node.args[p] is not None]
             scale = scale.reshape(-1) if scale.dim() else scale
         else:
+            return False
+        if not all(self.is_fixed(node.args[position]) for position in positions):
             return False
         for position in positions:
             weight = fake(node.args[position])

@@ -15,13 +15,14 @@ from torch.fx import GraphModule, Node
 from fasfx import ops
 from fasfx.applying import may_apply
 from fasfx.ops.library import per_threshold
-from fasfx.program import add_tensor, arg, attribute, decline, facts, insert
+from fasfx.program import add_tensor, arg, attribute, decline, facts, fake, insert
 from fasfx.runner import Pass
 from fasfx.scales import Scaler, strip
 from fasfx.synapses import CONVOLUTIONS, RELAYS, operand
 
 aten = torch.ops.aten
 _ONE = torch.ones(())
+_WIDE = (torch.float32, torch.float64, torch.bfloat16)
 SUMMED = "the scale does not leave the sum"
 
 
@@ -166,14 +167,23 @@ def scale_to_maker(gm: GraphModule, scaler: Scaler, unit: Node) -> None:
 
 
 def _is_chained(scaler: Scaler, node: Node) -> bool:
-    """Whether a node is (x * a) * b for constants a and b, and alone in reading x * a."""
+    """Whether a node is (x * a) * b for constants a and b, alone in reading x * a, and all three are alike.
+
+    Not in float16: a * b may leave its range where neither product does.
+    """
     inner, factor = arg(node, 0), arg(node, 1)
-    alone = isinstance(inner, Node) and inner.target is aten.mul.Tensor and len(inner.users) == 1
-    return alone and scaler.is_constant(arg(inner, 1)) and scaler.is_constant(factor)
+    if not (isinstance(inner, Node) and inner.target is aten.mul.Tensor and len(inner.users) == 1):
+        return False
+    if not (scaler.is_constant(arg(inner, 1)) and scaler.is_constant(factor)):
+        return False
+    alike = {(v.dtype, *map(str, v.shape)) for n in (arg(inner, 0), inner, node) if (v := fake(n)) is not None}
+    return len(alike) == 1 and next(iter(alike))[0] in _WIDE
 
 
 def factor_to_factor(gm: GraphModule, scaler: Scaler, node: Node) -> None:
     """(x * a) * b -> x * (a * b), as behind a norm: the scale of its factors and its weight."""
-    scaler.absorb(arg(node, 0), scaler.constant(arg(node, 1)))
-    node.replace_all_uses_with(arg(node, 0))  # what was there may be gone
-    gm.graph.erase_node(node)
+    inner = arg(node, 0)
+    factor = scaler.constant(arg(inner, 1)) * scaler.constant(arg(node, 1))
+    scaler.set_factor(node, factor.to(arg(node, 0).meta["val"].dtype))
+    node.update_arg(0, arg(inner, 0))
+    gm.graph.erase_node(inner)

@@ -1,4 +1,4 @@
-"""Exponentials that a neuron sends as bytes are looked up as bytes in an export."""
+"""Exponentials of a softmax, which a neuron sends as bytes, are looked up as bytes in an export."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _parts(neuron: Node, fixed: set[Node]) -> tuple[Node | None, Node | None]:
     value, potential = arg(neuron, 0), None
     if value.target is aten.add.Tensor and value.args[1] in fixed and len(value.users) == 1:
         value, potential = value.args
-        if potential.meta["val"].numel() > 1:
+        if potential.op != "get_attr" or potential.meta["val"].numel() > 1:
             return None, None
     alone = value.target is ops.lookup.op and len(value.users) == 1
     return (value if alone and value.args[3] == "exp" else None), potential
@@ -53,7 +53,7 @@ def _table(gm: GraphModule, group: Node, potential: Node | None, neuron: Node) -
     core, spikes = (attribute(gm, str(arg(group, at).target)) for at in (1, 2))
     cells = core.numel() - 1
     places = torch.arange(OCTAVES[0] * cells, (OCTAVES[-1] + 1) * cells)
-    x = ((places + 0.5) * (math.log(2) / cells)).to(core.dtype)
+    x = ((places.double() + 0.5) * (math.log(2) / cells)).to(core.dtype)
     values = ops.lookup.op(x, core, spikes, *group.args[3:])
     if potential is not None:
         values = values + attribute(gm, str(potential.target)).flatten()

@@ -120,28 +120,65 @@ def test_a_gelu_with_a_factor_for_every_channel_is_exported(tmp_path: Path) -> N
     assert torch.allclose(fasfx.runtime.OnnxModel(tmp_path)(x=x), snn(x=x), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
-def test_exponentials_of_what_is_masked_are_normal_numbers(kind: type[np.floating]) -> None:
-    """ONNX Runtime takes many times as long to make a subnormal number, or 0, of a masked score."""
+NEURON = [("Mul", ["e", "top"], "u"), ("Add", ["u", "half"], "v"), ("Floor", ["v"], "n")]
+OTHERS = {"its logarithm": [("Log", ["e"], "l")], "a comparison": [("Greater", ["e", "zero"], "l")]}
+
+
+def exponentials(kind: type[np.floating], read: list[tuple[str, list[str], str]]) -> tuple[bytes, bytes]:
+    """A softmax's exponentials and what reads them, before and after what an export does."""
     number = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     steps = [("ReduceMax", ["s", "axis"], "m"), ("Clip", ["m", "low"], "peak"), ("Sub", ["s", "peak"], "d")]
-    steps.append(("Exp", ["d"], "e"))
+    steps += [("Exp", ["d"], "e"), *read]
+    numbers = {"axis": np.array([-1]), "low": np.finfo(kind).min, "top": kind(127), "half": kind(0.5), "zero": kind(0)}
+    results = [made for _, _, made in read if made in ("n", "l")]
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(name, given, [made]) for name, given, made in steps],
         "softmax",
         [onnx.helper.make_tensor_value_info("s", number, ["rows", 4])],
-        [onnx.helper.make_tensor_value_info("e", number, ["rows", 4])],
-        [numpy_helper.from_array(np.array([-1]), "axis"), numpy_helper.from_array(np.finfo(kind).min, "low")],
+        [onnx.ValueInfoProto(name=name) for name in results],
+        [numpy_helper.from_array(np.array(value), name) for name, value in numbers.items()],
     )
     given = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    given = onnx.shape_inference.infer_shapes(given)
-    written = onnx_ir.to_proto(for_runtime(onnx_ir.from_proto(given)))
+    inferred = onnx.shape_inference.infer_shapes(given)
+    return given.SerializeToString(), onnx_ir.to_proto(for_runtime(onnx_ir.from_proto(inferred))).SerializeToString()
+
+
+def results(program: bytes, s: np.ndarray) -> list[np.ndarray]:
+    return onnxruntime.InferenceSession(program).run(None, {"s": s})
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
+def test_exponentials_of_what_is_masked_are_normal_numbers(kind: type[np.floating]) -> None:
+    """ONNX Runtime takes many times as long to make a subnormal number, or 0, of a masked score."""
+    before, after = exponentials(kind, NEURON)
     s = np.array([[1, 3, -5, -np.inf], [0, -1, np.finfo(kind).min, -30000], [-np.inf] * 4], kind)
-    before, after = (
-        onnxruntime.InferenceSession(program.SerializeToString()).run(None, {"s": s})[0] for program in (given, written)
-    )
-    if kind is np.float16:  # there they are large enough to count
-        assert np.array_equal(before, after)
-    else:
-        tiny = np.finfo(kind).tiny
-        assert np.array_equal(after, np.maximum(before, after.min())) and tiny <= after.min() < 2 * tiny
+    assert np.array_equal(*(results(program, s)[0] for program in (before, after)))
+    watched = onnx.load_from_string(after)
+    (name,) = (node.output[0] for node in watched.graph.node if node.op_type == "Exp")
+    watched.graph.output.append(onnx.ValueInfoProto(name=name))
+    least, tiny = results(watched.SerializeToString(), s)[1].min(), np.finfo(kind).tiny
+    assert least == 0 if kind is np.float16 else tiny <= least < 2 * tiny
+
+
+@pytest.mark.parametrize("read", OTHERS)
+def test_exponentials_that_more_than_a_neuron_reads_stay(read: str) -> None:
+    before, after = exponentials(np.float32, [*NEURON, *OTHERS[read]])
+    s = np.array([[1, 3, -5, -np.inf], [0, -1, -100, -200]], np.float32)
+    for a, b in zip(results(before, s), results(after, s), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        fasfx.SpikeConfig(nonlinear="exact"),
+        fasfx.SpikeConfig(code="radix", timesteps=7, nonlinear="exact"),
+        fasfx.SpikeConfig.integer(),
+    ],
+    ids=["multi", "radix", "integer"],
+)
+def test_every_exponential_of_a_closed_form_is_normal(config: fasfx.SpikeConfig, tmp_path: Path) -> None:
+    fasfx.convert(tiny("bert"), [tiny_inputs("bert")], config).to_onnx(tmp_path)
+    nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
+    makers = {name: node.op_type for node in nodes for name in node.output}
+    assert [makers[node.input[0]] for node in nodes if node.op_type == "Exp"] == ["Clip"] * 2

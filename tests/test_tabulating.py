@@ -65,21 +65,25 @@ def test_any_score_has_the_byte_of_group_and_neuron() -> None:
         assert torch.equal(given, expected)
 
 
-def test_what_others_read_stays(tmp_path: Path) -> None:
-    class Read(nn.Module):
+@pytest.mark.parametrize("read", [False, True])
+def test_what_others_read_stays(read: bool) -> None:
+    class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(8, 8)
+            self.layer = nn.Linear(8, 24)
 
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            e = torch.exp(-x.abs())
-            return self.layer(e), e
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.layer(x).chunk(3, -1)
+            return torch.softmax(q @ k.transpose(1, 2), -1) @ v
 
     torch.manual_seed(0)
-    x = torch.randn(32, 8)
-    snn = fasfx.convert(Read(), [{"x": x}], SPIKING)
-    program = tabulate(copy_program(snn.graph_module))
-    assert not nodes(program, ops.byte_lookup.op) and nodes(program, ops.byte_count.op)
+    snn = fasfx.convert(Attention().eval(), [{"x": torch.randn(4, 5, 8)}], SPIKING)
+    program = copy_program(snn.graph_module)
+    (group,) = (node for node in nodes(program, ops.lookup.op) if node.args[3] == "exp")
+    if read:
+        with program.graph.inserting_after(group):
+            program.graph.call_function(torch.ops.aten.neg.default, (group,))
+    assert len(nodes(tabulate(program), ops.byte_lookup.op)) == (0 if read else 1)
 
 
 def test_the_file_looks_bytes_up(tmp_path: Path) -> None:

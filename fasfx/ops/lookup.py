@@ -92,7 +92,7 @@ def onnx_lookup(
     x: TReal, table: TReal, spikes: INT32, function: str, neurons: int, low: float, high: float, left: float,
     right: float, scale: float,
 ) -> TReal:  # fmt: skip
-    """The same in ONNX: Mul, Add, Clip, Cast and GatherElements, and what the reduction needs."""
+    """The same in ONNX: Mul, Sub, Clip if z may lie outside, Cast and GatherElements, and what the reduction needs."""
     source: Any = x
     rows: Any = table
     given, wide = np.dtype(source.dtype.numpy()), np.dtype(rows.dtype.numpy())

@@ -11,8 +11,10 @@ from torch import nn
 import fasfx
 from fasfx.config import SpikeConfig
 from fasfx.ops import CODES
+from fasfx.passes import Clip, Fold, Substitute, fold
 from fasfx.passes.clip import thresholds
 from fasfx.program import attribute, constants, facts
+from fasfx.runner import Runner
 from fasfx.tools.bench.models import tiny, tiny_inputs
 
 FLOAT_ACCURACY = 1e-11  # float64, a few layers, counts up to 2^19 folded into weights
@@ -133,26 +135,72 @@ def test_shared_values_are_listed() -> None:
     assert reasons == {INPUT, ("scale_to_maker", "others read the value too")}
 
 
+class Norm(nn.Module):
+    """As an RMSNorm is written out; with `twice` the value before the weight is read once more."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.weight, self.twice = nn.Parameter(torch.rand(8) + 0.5), twice
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        between = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1)
+        return between * self.weight + (between if self.twice else 0)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("twice", [False, True])
-def test_factors_in_a_row_become_one(twice: bool) -> None:
+def test_factors_in_a_row_become_one(twice: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a norm of spiking products: the scale of its factors, the weight. Not if the value between is read too."""
+    made = Net("norm", Norm(twice).eval(), {"x": torch.randn(50, 8)}).double()
+    ranged = stages(made, SpikeConfig(code="radix", timesteps=6))["RANGED"]
+    folded = Runner([Clip(), Substitute(), Fold()]).run(ranged)
+    monkeypatch.setattr(fold, "_is_chained", lambda *_: False)
+    apart = Runner([Clip(), Substitute(), Fold()]).run(ranged)
+    assert factors_of_factors(folded) == twice and factors_of_factors(apart) == 1
+    assert same(apart(**made.batch), folded(**made.batch), 1e-14)
 
-    class Norm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.rand(8) + 0.5)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            between = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1)
-            return between * self.weight + (between if twice else 0)
-
-    made = Net("norm", Norm().eval(), {"x": torch.randn(50, 8)}).double()
-    config = SpikeConfig(code="radix", timesteps=12)
-    folded = stages(made, config)["FOLDED"]
-    products, fixed = folded.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor), constants(folded)
+def factors_of_factors(gm: torch.fx.GraphModule) -> int:
+    products, fixed = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor), constants(gm)
     factors = [n for n in products if isinstance(n.args[1], float) or n.args[1] in fixed]
-    assert len([n for n in factors if n.args[0] in factors]) == twice
-    assert same(outputs(made.module, made.batch), outputs(folded, made.batch), 1e-3)
+    return len([n for n in factors if n.args[0] in factors])
+
+
+class Factors(nn.Module):
+    """A chain of constants that must not be joined, before a layer."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.call, self.layer, self.embedding = call, nn.Linear(8, 8), nn.Embedding(64, 8)
+        self.register_buffer("whole", torch.arange(1, 9))
+        self.register_buffer("one", torch.full((1, 1, 1), 2.0))
+        self.register_buffer("deep", torch.rand(3, 8, 1))
+        self.register_buffer("row", torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.call(self, x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.embedding((x[:, 0] > 0).long() * 2 * 3),
+        lambda m, x: m.embedding(((x > 0).long() * m.whole * 2).amax(-1)),
+        lambda m, x: ((x.abs() * m.whole) * 0.5).t().contiguous().t(),
+        lambda m, x: (x * m.one) * 3.0,
+        lambda m, x: ((m.layer(x) * 2.0).t() * m.deep).mT * m.deep.mT,
+        lambda m, x: (x[:, :1] * 2.0) * m.row,
+        lambda m, x: (torch.nn.functional.linear(x, m.layer.weight, x.mean(0)) * m.whole) * 2.0,
+    ],
+)
+def test_other_factors_in_a_row_keep_dtypes_and_shapes(call: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Factors(call).eval(), torch.randn(6, 8)
+    snn = fasfx.convert(model, [{"x": x}], SpikeConfig(code="radix", timesteps=12, nonlinear="exact"))
+    expected, found = model(x), snn(x=x)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    assert float((found - expected).norm() / expected.norm()) < 0.01
 
 
 @pytest.mark.parametrize("name", ["conv_transpose", "matmul_weight", "dynamic_weight"])

@@ -76,7 +76,7 @@ def tables(case: Case, quick: bool) -> Iterator[Table]:
     lines = [_line(case, judge, name, columns, quick) for name in columns[ticks[0]]]
     yield Table(title, header, lines, _note(case, judge, made))
     times = [plain(name, [c[name].seconds for c in columns.values()], "{:.0f}") for name in columns[ticks[0]]]
-    note = "–: comes with the row above. Tuning counts where it was done, training is not in here."
+    note = "–: comes with the row above. Tuning counts where it was done (neuron goes on from layer), training not."
     yield Table(f"{title}: wall time of every cell, s", header, times, note)
     if task.score == "accuracy":
         at = case.trained if case.trained in ticks else ticks[-1]
