@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fasfx import ops
-from fasfx.program import add_tensor, arg, attribute, constants, insert
+from fasfx.program import add_tensor, arg, attribute, insert
 from fasfx.runner import tidy
 
 aten = torch.ops.aten
@@ -21,9 +21,8 @@ def tabulate(gm: GraphModule) -> GraphModule:
 
     Few of them are neither no spikes nor all of them, so one table holds what exponent and half count together give.
     """
-    fixed = constants(gm)
     for neuron in gm.graph.find_nodes(op="call_function", target=ops.byte_count.op):
-        group, potential = _parts(neuron, fixed)
+        group, potential = _parts(neuron)
         if group is None:
             continue
         table, *place = _table(gm, group, potential, neuron)
@@ -34,12 +33,12 @@ def tabulate(gm: GraphModule) -> GraphModule:
     return gm
 
 
-def _parts(neuron: Node, fixed: set[Node]) -> tuple[Node | None, Node | None]:
+def _parts(neuron: Node) -> tuple[Node | None, Node | None]:
     """The group of exponentials that a neuron alone reads, and the potential, one for all, that is added between."""
     value, potential = arg(neuron, 0), None
-    if value.target is aten.add.Tensor and value.args[1] in fixed and len(value.users) == 1:
+    if value.target is aten.add.Tensor and len(value.users) == 1:
         value, potential = value.args
-        if potential.op != "get_attr" or potential.meta["val"].numel() > 1:
+        if not isinstance(potential, Node) or potential.op != "get_attr" or potential.meta["val"].numel() > 1:
             return None, None
     alone = value.target is ops.lookup.op and len(value.users) == 1
     return (value if alone and value.args[3] == "exp" else None), potential

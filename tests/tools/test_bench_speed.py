@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -49,13 +48,6 @@ def test_the_integer_form_is_held_to_its_limit_and_to_dynamic_int8(figure: float
     }
     line = speed._line(exports.INTEGER, rows, [0.55], 1.0)
     assert line.met is met and "0.55" in line.target
-
-
-@pytest.mark.parametrize(("figure", "met"), [(0.84, True), (0.86, False)])
-def test_spiking_functions_are_held_where_the_integer_form_is(figure: float, met: bool) -> None:
-    rows = {exports.SPIKING: [Ratio(median, median, median) for median in (figure, 0.9)]}
-    line = speed._line(exports.SPIKING, rows, [0.55, math.inf], 1.0)
-    assert line.met is met and line.figures == (figure, 0.9)
 
 
 def test_the_if_loop_sends_rounded_activations() -> None:

@@ -74,9 +74,7 @@ ACTIVATION = ("rate", "activation", 8, MANY, (Target(TUNED, 8, loss=0.003),))
 RATE = ("rate", "matmul", 8, MANY, (Target(TUNED, 16, loss=0.02), Target(SEQUENTIAL, 8, loss=0.01)))
 SPOKEN = ("multi", "matmul", 1, (1, 2, 3, 4))
 SPEECH = (Target(TUNED, 3, loss=0.015), Target(TUNED, 2, loss=0.06))
-BUDGET = (
-    1.5  # epochs of stage I on language: 662 steps of 256 tokens, each 5.1 s of one core; with the original's an hour
-)
+BUDGET = 1.5  # epochs of stage I on language: 662 steps of 256 tokens, 5.1 s of one core each
 TUNING_OF_LANGUAGE = 10  # a step at T = 2 takes 8 s of one core
 CASES = {
     "valence": Case("valence", *MULTI),
