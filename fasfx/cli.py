@@ -66,6 +66,9 @@ Epochs = Annotated[float, typer.Option(min=0.001, help="How often the data is go
 Rate = Annotated[float, typer.Option(min=0.0, max=1.0, help="Learning rate of the weights.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens of a text or block.")]
 Rows = Annotated[int, typer.Option(min=1, help="Texts or blocks of a batch.")]
+ThroughTime = Annotated[
+    bool, typer.Option("--through-time", help="Train the T ticks of the synchronous network, not its closed form.")
+]
 Distill = Annotated[bool, typer.Option("--distill", help="Also learn from MODEL's own logits and values.")]
 Fewer = Annotated[float, typer.Option(min=0.0, help="Weight of the number of spikes in the loss.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the order of the data, dropout, and new weights.")]
@@ -130,6 +133,7 @@ def finetune(
     length: Length = 128,
     batch: Rows = 16,
     distill: Distill = False,
+    through_time: ThroughTime = False,
     spikes: Fewer = 0.0,
     seed: Seed = 0,
     timesteps: Timesteps = None,
@@ -156,7 +160,8 @@ def finetune(
         if tokenizer is None:
             raise CalibrationError(NO_TOKENIZER.format(model, data))
         other = None if evaluation is None else str(evaluation)
-        recipe = Recipe(model, task, str(data), other, length, distill, spikes, Training(epochs, lr, batch, seed))
+        training = Training(epochs, lr, batch, seed)
+        recipe = Recipe(model, task, str(data), other, length, distill, through_time, spikes, training)
         kept = out.with_name(f"{out.name}.training")
         with progress() as report:
             found = train(recipe, config, tokenizer, kept, report)

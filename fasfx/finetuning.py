@@ -56,6 +56,7 @@ class Recipe:
     evaluation: str | None
     length: int
     distill: bool
+    through_time: bool
     spikes: float
     training: Training
 
@@ -90,7 +91,7 @@ def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, 
     batches = [collate(part) for part in _parts(rows, recipe.training.batch)][:CALIBRATION]
     calibration = [batch | without_cache(model) for batch in batches]
     objective = Objective(teacher=model if recipe.distill else None, spikes=recipe.spikes)
-    qann = prepare(model, calibration, config, objective, progress)
+    qann = prepare(model, calibration, config, objective, progress, recipe.through_time)
     fit(qann, rows, collate, folder, recipe.training, progress)
     here = device_of(qann)  # where the Trainer took it
     warnings = qann.diagnose(**moved(batches[0], here))

@@ -16,6 +16,7 @@ from fasfx.capture import is_hugging_face
 from fasfx.difference import main_output, output_mask
 from fasfx.errors import ConfigError, InputError
 from fasfx.program import copy_program, set_attribute
+from fasfx.through_time import Seen
 
 # Fields of a configuration that change nothing about what an evaluated network computes.
 NO_MATTER = (
@@ -45,21 +46,19 @@ class Objective:
     spikes: float = 0.0
 
 
-def terms(
-    aim: Objective, teacher: GraphModule | None, recorder: Recorder, output: Any, inputs: dict[str, Tensor]
-) -> Tensor:
-    """The objective's terms that the task's loss does not hold, for what `recorder` saw.
+def terms(aim: Objective, teacher: GraphModule | None, seen: Seen, inputs: dict[str, Tensor]) -> Tensor:
+    """The objective's terms that the task's loss does not hold.
 
     teacher: its program (teacher_program), or None.
     """
-    total = torch.zeros((), device=main_output(output).device)
+    total = torch.zeros((), device=main_output(seen.output).device)
     if teacher is not None:
         watcher = Recorder(teacher)
         with torch.no_grad():
             wanted = watcher.run(*inputs.values())
-        total = total + aim.hidden * mean(relative_errors(recorder.values, watcher.values))
-        total = total + aim.logits * disagreement(output, wanted, output_mask(inputs), aim.temperature)
-    return total + aim.spikes * mean(recorder.active) if aim.spikes else total
+        total = total + aim.hidden * mean(relative_errors(seen.values, watcher.values))
+        total = total + aim.logits * disagreement(seen.output, wanted, output_mask(inputs), aim.temperature)
+    return total + aim.spikes * seen.spikes if aim.spikes else total
 
 
 def teacher_program(ranged: GraphModule, model: nn.Module, config: Any) -> GraphModule:

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils.checkpoint import checkpoint
 
-from fasfx.alignment import TINY, Recorder, disagreement, mean, relative_errors
+from fasfx.alignment import TINY, disagreement, mean, relative_errors
 from fasfx.errors import ConfigError
 from fasfx.learnable import (
     LOG_SCALE,
@@ -30,9 +29,9 @@ from fasfx.passes import Clip, Substitute
 from fasfx.passes.lower import look_up
 from fasfx.program import attribute, copy_program, facts, freeze, set_dropout
 from fasfx.runner import Runner, tidy
-from fasfx.runtime.ticks import StepGraph
 from fasfx.step import make_step_graph
 from fasfx.teaching import Taught, Tensors
+from fasfx.through_time import ThroughTime
 
 FACTORS = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 5))  # of a threshold, that `search` tries
 
@@ -62,11 +61,11 @@ class Student:
         make_step_graph(program, folded=False)
         look_up(program)
         tidy(program)
-        self.program, self._steps, self._ticks = program, StepGraph(program), facts(program).config.timesteps
+        self.program, self._through, self._recompute = program, ThroughTime(program), recompute
         self._logits, self._spikes, self._sites = logits, spikes, frozenset(found)
-        self._recompute = recompute
+        config = facts(program).config
         # A rate neuron spreads its initial potential over its ticks.
-        self._spread = self._ticks if tick.ticking(facts(program).config.code).averages else 1
+        self._spread = config.timesteps if tick.ticking(config.code).averages else 1
         self.scales = [p for n, p in program.named_parameters() if n.endswith(LOG_SCALE)]
         self.shares = [p for n, p in program.named_parameters() if n.endswith(SHARE)]
 
@@ -75,33 +74,12 @@ class Student:
         """Whether fewer spikes are asked for."""
         return self._spikes > 0
 
-    def run(self, batch: Taught) -> tuple[Tensors, Any, Tensor]:
-        """(what every site transmits after the last tick, the output then, spikes per value)."""
-        sent, active = [*self._steps.state(batch.inputs).sent.values()], torch.zeros(())
-        for number in range(1, self._ticks):
-            given = (*batch.inputs, torch.tensor(number), *sent)
-            again = self._recompute and torch.is_grad_enabled()
-            sent, spikes = checkpoint(self._passing, *given, use_reentrant=False) if again else self._passing(*given)
-            active = active + spikes
-        recorder, leaves, _ = self._tick(*batch.inputs, torch.tensor(self._ticks), *sent)
-        return recorder.values, self._steps.output(leaves), active + mean(recorder.active)
-
-    def _tick(self, *given: Tensor) -> tuple[Recorder, list[Any], list[Tensor]]:
-        recorder = Recorder(self.program, spikes=self.sparse)
-        leaves, sent = recorder.run(*given)
-        return recorder, leaves, sent
-
-    def _passing(self, *given: Tensor) -> tuple[list[Tensor], Tensor]:
-        """A tick that is not the last: only its state and its spikes count."""
-        recorder, _, sent = self._tick(*given)
-        return sent, mean(recorder.active)
-
     def loss(self, batch: Taught) -> tuple[Tensor, Tensor]:
         """(the whole loss, the alignment in it)."""
-        values, output, active = self.run(batch)
-        alignment = mean(relative_errors(values, batch.values))
-        kl = disagreement(output, batch.output, batch.mask) if self._logits else 0.0
-        return alignment + self._logits * kl + self._spikes * active, alignment
+        seen = self._through.run(batch.inputs, self.sparse, self._recompute)
+        alignment = mean(relative_errors(seen.values, batch.values))
+        kl = disagreement(seen.output, batch.output, batch.mask) if self._logits else 0.0
+        return alignment + self._logits * kl + self._spikes * seen.spikes, alignment
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Taught]) -> tuple[float, float]:
@@ -113,7 +91,7 @@ class Student:
     @torch.no_grad()
     def errors(self, batches: Iterable[Taught]) -> Tensors:
         """Site -> relative squared error, mean over batches."""
-        found = [relative_errors(self.run(batch)[0], batch.values) for batch in batches]
+        found = [relative_errors(self._through.run(batch.inputs).values, batch.values) for batch in batches]
         return {site: torch.stack([one[site] for one in found]).mean() for site in found[0]}
 
     @torch.no_grad()
@@ -126,8 +104,7 @@ class Student:
         errors: dict[str, Tensor] = {}
         theta = learned_thresholds(self.program)
         for batch in batches:
-            currents = self._currents(batch)
-            for site, us in self._learning(currents):
+            for site, us in self._learning(self._through.currents(batch.inputs)):
                 shape = attribute(self.program, f"theta_{site}{LOG_SCALE}").shape
                 gaps = (self._neuron(site, us, theta[site], factor) - batch.values[site] for factor in FACTORS)
                 found = torch.stack([gap.square().sum_to_size(shape) for gap in gaps])
@@ -137,17 +114,6 @@ class Student:
             scale = attribute(self.program, f"theta_{site}{LOG_SCALE}")
             worth = found.amin(0) < (1 - least) * found[same]
             scale.add_(torch.where(worth, factors.to(scale)[found.argmin(0)].log(), 0.0))
-
-    def _currents(self, batch: Taught) -> dict[str, list[Tensor]]:
-        """Site -> its neuron's input in every tick, in units of its threshold."""
-        found: dict[str, list[Tensor]] = {}
-        sent = [*self._steps.state(batch.inputs).sent.values()]
-        for number in range(1, self._ticks + 1):
-            recorder = Recorder(self.program)
-            _, sent = recorder.run(*batch.inputs, torch.tensor(number), *sent)
-            for site, current in recorder.currents.items():
-                found.setdefault(site, []).append(current)
-        return found
 
     def _neuron(self, site: str, currents: list[Tensor], theta: Tensor, factor: float) -> Tensor:
         """What the site transmits after the last tick if its threshold is `factor` times theta, what it is now."""
@@ -164,7 +130,7 @@ class Student:
         """Closed form: every potential takes up `share` of its site's mean error."""
         gaps: dict[str, list[Tensor]] = {}
         for batch in batches:
-            for site, value in self._learning(self.run(batch)[0]):
+            for site, value in self._learning(self._through.run(batch.inputs).values):
                 shape = attribute(self.program, f"potential_{site}{SHARE}").shape
                 gap = (batch.values[site] - value) * self._spread
                 gaps.setdefault(site, []).append(gap.sum_to_size(shape) * (math.prod(shape) / gap.numel()))
@@ -178,7 +144,7 @@ class Student:
         """Potentials are learned in units of the root of their site's mean squared error."""
         squares: dict[str, list[Tensor]] = {}
         for batch in batches:
-            for site, value in self._learning(self.run(batch)[0]):
+            for site, value in self._learning(self._through.run(batch.inputs).values):
                 squares.setdefault(site, []).append((value - batch.values[site]).square().mean())
         for site, found in squares.items():
             self._unit(site).copy_(torch.stack(found).mean().sqrt() * self._spread).clamp_(min=TINY)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder
+from fasfx.alignment import Recorder, mean
 from fasfx.batch_norms import fold_batch_norms
 from fasfx.capture import labels_of, takes_any
 from fasfx.config import SpikeConfig
@@ -27,10 +27,12 @@ from fasfx.inputs import bind, input_names
 from fasfx.layers import Layers
 from fasfx.learnable import LOG_SCALE, as_stored, learn_thresholds, learned_thresholds
 from fasfx.objective import Objective, loss_of, teacher_program, terms, with_loss
-from fasfx.passes import Clip
+from fasfx.passes import Clip, Substitute
 from fasfx.program import copy_program, facts, set_attribute, set_dropout
 from fasfx.ranging import Progress, calibrate
 from fasfx.runner import Runner, tidy
+from fasfx.step import make_step_graph
+from fasfx.through_time import Seen, ThroughTime
 
 
 def prepare(
@@ -39,6 +41,7 @@ def prepare(
     config: SpikeConfig | None = None,
     objective: Objective | None = None,
     progress: Progress | None = None,
+    through_time: bool = False,
 ) -> ClippedModel:
     """The network of stage I: every site holds its code's closed form (QCFS for the rate code), trainable.
 
@@ -46,14 +49,21 @@ def prepare(
                  modified: what trains is a copy, under the original parameter names.
     config:      `timesteps` is the T (for the rate code the levels L) that training sees.
     objective:   what training minimises; None: the model's own loss.
+    through_time: train what a synchronous network computes in its T ticks instead, by surrogate gradients
+                 (fasfx.through_time). A forward takes T times as long, and what is learned is for this T.
     With nonlinear="spiking" functions are exact while it trains, and become neuron groups at conversion.
     Train it with transformers.Trainer or a loop of your own, then call fasfx.convert on it. More than one GPU or
     machine: `accelerate launch`, one process for each.
-    Raises what fasfx.convert raises.
+    Raises what fasfx.convert raises; ConfigError for `through_time` of a sequential network.
     """
-    trained = copy.deepcopy(model)
-    ranged = calibrate(trained, calibration, config or SpikeConfig(), progress, training=True)
-    return ClippedModel(ranged, trained, objective)
+    config, trained = config or SpikeConfig(), copy.deepcopy(model)
+    if through_time and config.schedule != "synchronous":
+        raise ConfigError(
+            "through_time: a sequential network computes its closed form, which is what trains without it; "
+            'set schedule="synchronous"'
+        )
+    ranged = calibrate(trained, calibration, config, progress, training=True)
+    return ClippedModel(ranged, trained, objective, through_time)
 
 
 class ClippedModel(Programmed):
@@ -65,11 +75,20 @@ class ClippedModel(Programmed):
 
     instead = "save its state_dict(), for a model prepared alike, or what fasfx.convert makes of it (save_pretrained)"
 
-    def __init__(self, ranged: GraphModule, original: nn.Module, objective: Objective | None = None) -> None:
+    def __init__(
+        self,
+        ranged: GraphModule,
+        original: nn.Module,
+        objective: Objective | None = None,
+        through_time: bool = False,
+    ) -> None:
         super().__init__()
-        clipped = Runner([Clip()]).run(ranged)
-        learn_thresholds(clipped, as_stored(clipped))
-        self._programs = (ranged, clipped)  # in a tuple: not submodules
+        learning = Runner([Clip(), Substitute()] if through_time else [Clip()]).run(ranged)
+        learn_thresholds(learning, as_stored(learning))
+        if through_time:
+            make_step_graph(learning, folded=False)
+        self._ticks = ThroughTime(learning) if through_time else None
+        self._programs = (ranged, learning)  # in a tuple: not submodules
         self._own_tensors()
         self._layers: Layers | None = None
         self._recompute = False
@@ -101,18 +120,28 @@ class ClippedModel(Programmed):
         if not (self.training and self._has_terms):
             output = self._run(inputs)
             return with_loss(output, self._task_loss(output, targets, items)) if targets else output
-        if self._recompute:
+        if self._recompute and self._ticks is None:
             raise ConfigError("activation checkpointing does not go with a teacher or a weight on spikes: turn one off")
-        recorder = Recorder(self._programs[1], spikes=self.objective.spikes > 0)
-        output = recorder.run(*inputs.values())
-        loss = self.objective.task * self._task_loss(output, targets, items) if targets else torch.zeros(())
-        return with_loss(output, loss + terms(self.objective, self._teacher, recorder, output, inputs))
+        seen = self._seen(inputs, spikes=self.objective.spikes > 0)
+        loss = self.objective.task * self._task_loss(seen.output, targets, items) if targets else torch.zeros(())
+        return with_loss(seen.output, loss + terms(self.objective, self._teacher, seen, inputs))
 
     def inputs(self, batch: Mapping[str, Any], *args: Any) -> dict[str, Tensor]:
         """What the program takes of a batch, in its order: no labels, no constants. Raises InputError."""
         return bind(self._programs[0], args, {n: v for n, v in batch.items() if n not in self._labels})
 
+    def _seen(self, inputs: dict[str, Tensor], spikes: bool = False) -> Seen:
+        """What every site transmits, and the output."""
+        if self._ticks is not None:
+            masks = int(torch.randint(2**62, ())) if self.training and self._teacher is None else None
+            return self._ticks.run([*inputs.values()], spikes, self._recompute, masks)
+        recorder = Recorder(self._programs[1], spikes)
+        output = recorder.run(*inputs.values())
+        return Seen(recorder.values, output, mean(recorder.active))
+
     def _run(self, inputs: dict[str, Tensor]) -> Any:
+        if self._ticks is not None:
+            return self._seen(inputs).output
         if self._recompute and torch.is_grad_enabled():
             self._layers = self._layers or Layers(self._programs[1])
             return self._layers(inputs)
@@ -187,6 +216,7 @@ class ClippedModel(Programmed):
     ) -> None:
         """Keep only what goes from layer to layer for the gradient; not together with a teacher or a weight on spikes.
 
+        Of a network that learns through time: keep one tick, whatever the objective.
         Raises ConfigError for the options of transformers that are not implemented here.
         """
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
@@ -207,10 +237,9 @@ class ClippedModel(Programmed):
             raise InputError(f"nothing to learn from: the batch has no {' or '.join(self._labels) or 'labels'}")
         kept, was = {name: p.grad for name, p in self.named_parameters()}, self.training
         self.zero_grad()
-        recorder = Recorder(self._programs[1])
         with torch.no_grad():
-            recorder.run(*self.inputs(kwargs, *args).values())
-        found = [f"site {site} transmits nothing" for site, value in recorder.values.items() if not bool(value.any())]
+            values = self._seen(self.inputs(kwargs, *args)).values
+        found = [f"site {site} transmits nothing" for site, value in values.items() if not bool(value.any())]
         self.train()
         self(*args, **kwargs).loss.backward()
         for name, parameter in self.named_parameters():

@@ -73,9 +73,9 @@ class Substitute(Pass):
     rules = (qcfs_to_fire, tuned_qcfs_to_fire)
 
     def rewrite(self, gm: GraphModule) -> bool:
-        """The rule, then the functions."""
+        """The rule, then the functions, which stay exact while a network trains."""
         changed = super().rewrite(gm)
-        if facts(gm).config.nonlinear == "spiking":
+        if facts(gm).config.nonlinear == "spiking" and not facts(gm).trainable:
             changed |= functions_to_groups(gm)
         return changed
 

@@ -129,6 +129,20 @@ def test_language_modelling_learns_from_the_model_itself(place: Path, tmp_path: 
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_through_time_the_ticks_learn_and_not_their_closed_form(place: Path, tmp_path: Path) -> None:
+    task = ("--task", "language-modelling", "--epochs", 1, "--length", 8, "--code", "rate", "--timesteps", 3)
+    task = (*task, "--schedule", "synchronous")
+    said = []
+    for name, ways in (("closed", ()), ("ticks", ("--through-time",))):
+        result = finetune(place, tmp_path / name, *task, *ways, model="lm", data="texts.txt")
+        assert result.exit_code == 0, result.output
+        found = re.search(r"perplexity on data not trained on: ([\d.]+) stage I, ([\d.]+) spiking", result.stdout)
+        assert found is not None
+        said.append([float(number) for number in found.groups()])
+    closed, ticks = said
+    assert ticks[1] == pytest.approx(ticks[0], rel=1e-3) and closed[1] != pytest.approx(closed[0], rel=1e-3)
+
+
 def watch(patch: pytest.MonkeyPatch, stop: tuple[str, int] | None = None) -> list[tuple[str, int]]:
     """Every step that the command reports; interrupted at one of them, as by Ctrl-C."""
     seen: list[tuple[str, int]] = []
@@ -294,6 +308,10 @@ def choices(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
         "no teacher": (
             (model, *classes, "--distill"),
             "weights of {model} are new: classifier.bias, classifier.weight",
+        ),
+        "no ticks": (
+            (model, *classes, "--through-time"),
+            'what trains without it; set schedule="synchronous"',
         ),
         "teacher of other classes": ((place / "head", *classes, "--distill"), "are new: classifier.bias"),
         "no tokenizer": ((place / "bare", *classes), "has no tokenizer"),

@@ -33,7 +33,7 @@ class Target(NamedTuple):
 class Case:
     """One table: a task, what is sent as spikes, the T that are measured, and its targets.
 
-    trained: the T of stage I.  epochs: of stage I; 0: the original is converted as it is.
+    trained: the T of stage I, in closed form or through_time.  epochs: of it; 0: the original is converted as it is.
     spikes: weight of the number of spikes, in both stages.  levels: thresholds of the multi code.
     tuning: batches of stage II.
     """
@@ -49,6 +49,7 @@ class Case:
     spikes: float = 0.0
     levels: int = 20
     tuning: int = TUNING
+    through_time: bool = False
 
     @property
     def config(self) -> fasfx.SpikeConfig:
@@ -116,5 +117,6 @@ def made_of(case: Case, seed: int, quick: bool = False) -> Made:
     of += [case.spikes] if case.spikes else []
     if not epochs:
         return Made(first, first, fasfx.convert(first.model, calibration(case.task, first.model), case.config), of)
-    second = stage_one(case.task, seed, epochs, case.lr, case.config, first.model, case.spikes, of)
+    of += ["through time", case.trained] if case.through_time else []
+    second = stage_one(case.task, seed, epochs, case.lr, case.config, first.model, case.spikes, of, case.through_time)
     return Made(first, second, fasfx.convert(second.model), of)

@@ -60,16 +60,17 @@ def calibration(name: str, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.SpikeConfig, teacher: nn.Module,
-              spikes: float = 0.0, of: Any = None) -> Kept:  # fmt: skip
+              spikes: float = 0.0, of: Any = None, through_time: bool = False) -> Kept:  # fmt: skip
     """The teacher, trained on with the values that spikes will carry, distilled from itself.
 
-    of: what made the teacher.
+    of: what made the teacher.   through_time: as of fasfx.prepare.
     """
     task = TASKS[name]()
     training = Training(epochs, lr, task.size, seed)
     aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
-    qann = fasfx.prepare(teacher, calibration(name, teacher), config, aim)
+    qann = fasfx.prepare(teacher, calibration(name, teacher), config, aim, through_time=through_time)
     every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
+    every |= {"through_time": True} if through_time else {}
     aims = {name: getattr(aim, name) for name in ("task", "logits", "hidden", "temperature", "spikes")}
     return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
 

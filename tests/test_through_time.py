@@ -1,0 +1,183 @@
+"""Stage I through the ticks of a synchronous network: what trains is what its spikes will say after T ticks."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_training import (
+    EXACT,
+    TIED,
+    assert_same,
+    classifier,
+    descend,
+    inputs,
+    move_thresholds,
+    original,
+    tensors,
+    text,
+)
+from test_training import trainer as made_trainer
+from torch import Tensor
+
+import fasfx
+from fasfx.alignment import disagreement
+from fasfx.errors import ConfigError
+from fasfx.runtime.ticks import StepGraph
+from fasfx.through_time import ThroughTime
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+TICKING = ["multi", "rate"]
+THREE = EXACT.replace(schedule="synchronous", timesteps=3, levels=6)
+
+
+def through_time(code: str = "multi", model: Any = None, batch: Any = None) -> fasfx.ClippedModel:
+    """Three ticks, float64; thresholds are not those of calibration."""
+    qann = fasfx.prepare(model or classifier().double(), [batch or text()], THREE.replace(code=code), through_time=True)
+    torch.manual_seed(0)
+    move_thresholds(qann, 0.2)
+    return qann
+
+
+def gradients(qann: fasfx.ClippedModel, batch: Any) -> list[Tensor]:
+    qann.zero_grad()
+    qann(**batch).loss.backward()
+    return [p.grad.clone() for p in qann.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("code", TICKING)
+@pytest.mark.parametrize("family", ["bert", "vit", *TIED])
+def test_what_trains_is_the_synchronous_network(family: str, code: str) -> None:
+    model, batch = original(family)
+    batch = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    qann = through_time(code, model.double().eval(), batch)
+    found, wanted = qann(**inputs(batch)).logits, fasfx.convert(qann)(**inputs(batch)).logits
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    closed = fasfx.prepare(model, [batch], THREE.replace(code=code))
+    assert not torch.allclose(closed(**inputs(batch)).logits, wanted, rtol=1e-3)
+    assert {name for name, _ in qann.named_parameters()} == {name for name, _ in closed.named_parameters()}
+
+
+@pytest.mark.parametrize("code", TICKING)
+def test_gradients_are_those_of_all_ticks(code: str) -> None:
+    """The multi code's earlier ticks run without: nothing of their gradient is left in the last."""
+    qann, batch = through_time(code).eval(), text()
+    found = gradients(qann, batch)
+    qann.zero_grad()
+    *_, output = StepGraph(qann._programs[1]).ticks([*qann.inputs(batch).values()], 3)
+    qann._task_loss(output, {"labels": batch["labels"]}, None).backward()
+    wanted = [p.grad for p in qann.parameters() if p.grad is not None]
+    assert len(found) == len(wanted) == len([*qann.parameters()])
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+    assert any(bool(gradient.any()) for gradient in found)
+
+
+@pytest.mark.parametrize("code", TICKING)
+def test_one_tick_is_kept_where_gradients_need_no_more(code: str) -> None:
+    qann, kept = through_time(code), list[int]()
+    sizes = dict[int, int]()
+    for ticks in (1, 3):
+        kept.clear()
+        run = ThroughTime(qann._programs[1])
+        run._ticks = ticks
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            run.run([*qann.inputs(text()).values()])
+        sizes[ticks] = sum(kept)
+    assert (sizes[3] == sizes[1]) == (code == "multi")
+    assert sizes[3] > 2 * sizes[1] or code == "multi"
+
+
+@pytest.mark.parametrize("code", TICKING)
+def test_recomputed_ticks_give_the_same_gradients(code: str) -> None:
+    qann, batch = through_time(code, classifier(hidden_dropout_prob=0.5).double()).train(), text()
+    qann.objective = fasfx.Objective(spikes=0.1)
+    found = []
+    for again in (False, True):
+        (qann.activation_checkpointing_enable if again else qann.activation_checkpointing_disable)()
+        torch.manual_seed(3)
+        found.append(gradients(qann, batch))
+    assert all(map(torch.equal, *found))
+
+
+def test_dropout_has_the_same_masks_in_every_tick() -> None:
+    """Then a fine network comes to rest: with other masks in the second tick it could not."""
+    fine = THREE.replace(timesteps=12, levels=24)
+    model = classifier(hidden_dropout_prob=0.5).double()
+    qann = fasfx.prepare(model, [text()], fine, through_time=True).train()
+    closed = fasfx.prepare(model, [text()], fine).train()
+    outputs = []
+    for network in (qann, closed):
+        torch.manual_seed(5)
+        seed = int(torch.randint(2**62, ()))  # what a forward draws
+        torch.manual_seed(5 if network is qann else seed)
+        outputs.append(network(**inputs(text())).logits)
+    assert torch.allclose(*outputs, rtol=1e-3)
+    assert not torch.allclose(outputs[0], qann(**inputs(text())).logits, rtol=1e-2)  # and others in the next forward
+
+
+def test_an_objective_reads_the_last_tick_and_counts_the_spikes_of_all() -> None:
+    qann, teacher, batch = through_time().train(), classifier(seed=1).double(), text()
+    aim = fasfx.Objective(0.0, teacher, logits=0.0, hidden=1.0)
+    qann.objective = aim
+    hidden = qann(**batch).loss
+    seen = ThroughTime(qann._programs[1]).run([*qann.inputs(batch).values()], spikes=True)
+    qann.objective = fasfx.Objective(0.0, teacher, logits=0.0, hidden=1.0, spikes=2.0)
+    assert torch.allclose(qann(**batch).loss, hidden + 2.0 * seen.spikes, rtol=1e-9)
+    counts = fasfx.convert(qann).count_spikes(**inputs(batch))[[1, 2, 3]]
+    assert 0.5 < float(seen.spikes.detach()) / float(counts.sum(axis=1).mean()) < 2
+
+
+def test_training_through_time_learns_what_the_ticks_say() -> None:
+    """At two coarse ticks, steps through time teach the network more than the same steps in closed form."""
+    two, teacher, found = (
+        THREE.replace(timesteps=2, levels=4),
+        classifier(num_hidden_layers=3).double(),
+        dict[bool, float](),
+    )
+    batches = [text(seed, 8) for seed in range(8)]
+    for through in (False, True):
+        qann = fasfx.prepare(teacher, batches, two, fasfx.Objective(0.0, teacher, hidden=0.0), through_time=through)
+        descend(qann, batches * 8, torch.optim.AdamW(qann.parameter_groups(1e-3, 1e-2)))
+        snn = fasfx.convert(qann)
+        with torch.no_grad():
+            gaps = [disagreement(snn(**inputs(batch)), teacher(**inputs(batch))) for batch in batches]
+        found[through] = float(torch.stack(gaps).mean())
+    assert found[True] < 0.9 * found[False]
+
+
+def test_trainer_trains_through_time(tmp_path: Path) -> None:
+    qann = through_time(model=classifier(), batch=text())
+    before = tensors(qann)
+    made_trainer(qann, tmp_path, max_steps=2).train()
+    assert any(not torch.equal(value, before[name]) for name, value in tensors(qann).items())
+    other = through_time(model=classifier(), batch=text())
+    other.load_state_dict(tensors(qann))
+    assert_same(tensors(other), tensors(qann))
+    assert torch.equal(other.eval()(**inputs(text())).logits, qann.eval()(**inputs(text())).logits)
+
+
+def test_a_copy_runs_its_own_program() -> None:
+    qann = through_time()
+    new = copy.deepcopy(qann)
+    with torch.no_grad():
+        new.get_parameter("classifier.weight").zero_()
+    assert not torch.equal(new(**inputs(text())).logits, qann(**inputs(text())).logits)
+    assert new.diagnose(**text()) != [] and qann.diagnose(**text()) == []
+
+
+def test_a_sequential_network_has_no_time_to_learn_through() -> None:
+    with pytest.raises(
+        ConfigError, match='its closed form, which is what trains without it; set schedule="synchronous"'
+    ):
+        fasfx.prepare(classifier(), [text()], EXACT, through_time=True)
+
+
+def test_functions_stay_exact_while_it_trains() -> None:
+    qann = fasfx.prepare(classifier(), [text()], THREE.replace(nonlinear="spiking"), through_time=True)
+    assert not any("lookup" in str(n.target) or "group" in str(n.target) for n in qann._programs[1].graph.nodes)
+    assert fasfx.convert(qann).coverage.spike_driven_macs == 1.0
