@@ -235,6 +235,7 @@ def fit(
         seed=training.seed,
         report_to=[],
         disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         logging_strategy="no",
     )
     optimizer = None

@@ -110,6 +110,23 @@ def test_language_is_a_ratio_to_the_originals_perplexity(epochs: float, small: P
     assert all(second > 0 for second in labelled(times)[TUNED])
 
 
+def test_stage_one_through_time_is_another_recipe_and_reaches_what_its_ticks_say(small: Path) -> None:
+    case = Case("language", "multi", "matmul", 2, (2,), (), 1, lr=1e-3, tuning=2)
+    closed, ticks = (recipes.made_of(replace(case, through_time=through), 0) for through in (False, True))
+    assert closed.of != ticks.of and closed.original.seconds == ticks.original.seconds
+    task = tasks.TASKS["language"]()
+    said = [(task.measure(made.trained.model), task.measure(made.snn)) for made in (closed, ticks)]
+    assert said[1][0] == pytest.approx(said[1][1], rel=1e-5) and said[0][0] != pytest.approx(said[0][1], rel=1e-5)
+
+
+def test_few_spikes_of_language_are_held_to_those_of_the_usual_conversion(small: Path) -> None:
+    usual, whole, _ = fas.language_sparse(quick=False)
+    (sent,), (few,) = labelled(usual)[SPIKES], (line for line in whole.lines if line.label == SPIKES)
+    assert few.target == f"T = 5 ≤ {0.7 * sent:.3f}".rstrip("0") and 0 < few.figures[0] < sent
+    (lost,) = (line.target for line in whole.lines if line.label == TUNED)
+    assert lost == "T = 5 ≤ 1.005"
+
+
 def test_targets_are_losses_against_the_original() -> None:
     task = Task("", classifier, [], [], collate, "accuracy")
     accuracy, ratio = Judge(task, None, 0.8), Judge(Task("", classifier, [], [], spoken, "perplexity"), None, 20.0)
@@ -130,11 +147,11 @@ def test_the_weight_on_spikes_is_chosen_by_rows_to_train_on(small: Path, monkeyp
     (choice,) = fas.valence_sparse(quick=False)
     assert choice.columns == ("", "0.0", "9.0") and len(labelled(choice)[SPIKES]) == 2
     (case,) = seen
-    assert (case.task, case.spikes, case.levels) == ("valence", 9.0, 8)
+    assert (case.task, case.spikes, case.config.levels) == ("valence", 9.0, 8)
 
 
 def test_a_weight_on_spikes_is_another_recipe(small: Path) -> None:
-    longer = replace(CASE, epochs=6, lr=1e-2, levels=8)
+    longer = replace(CASE, epochs=6, lr=1e-2, settings={"levels": 8})
     plain, sparse = (recipes.made_of(replace(longer, spikes=weight), 0) for weight in (0.0, 20.0))
     assert plain.of != sparse.of and plain.original.seconds == sparse.original.seconds
     assert len([*small.iterdir()]) == 3  # one original, two networks of stage I

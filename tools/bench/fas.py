@@ -10,13 +10,15 @@ from statistics import mean, stdev
 import fasfx
 from fasfx.devices import device_of
 from fasfx.tools.bench.by_ticks import FIGURE, PERCENT, tables
-from fasfx.tools.bench.recipes import CASES, SPARSE, SPARSE_LEVELS, SPIKES, Case, made_of
+from fasfx.tools.bench.recipes import CASES, FEWER, SPARSE, SPIKES, Case, Target, made_of, teacher_of
 from fasfx.tools.bench.tables import Table, at_most, plain
 from fasfx.tools.bench.tasks import TASKS
+from fasfx.tools.bench.trained import calibration
 
 Part = Callable[[bool], Iterator[Table]]
 SEEDS = (0, 1, 2)
 WEIGHTS = (0.1, 0.3, 1.0)  # of spikes in the loss
+FEWER_SPIKES = 0.7  # of a language model's, at most
 QUICK = ("digits",)  # what --quick trains: minutes
 
 
@@ -41,7 +43,7 @@ def seeds(quick: bool) -> Iterator[Table]:
 
 def valence_sparse(quick: bool) -> Iterator[Table]:
     """Few spikes: the smallest weight on them that sends few enough on a fifth of the training rows, then its table."""
-    case, found = Case("valence, to choose by", *SPARSE, levels=SPARSE_LEVELS), dict[float, list[float]]()
+    case, found = Case("valence, to choose by", *SPARSE, settings=FEWER), dict[float, list[float]]()
     task, most = TASKS[case.task](), next(target.most for target in case.targets if target.most is not None)
     for weight in WEIGHTS:
         made = made_of(replace(case, spikes=weight), 0)
@@ -59,6 +61,20 @@ def valence_sparse(quick: bool) -> Iterator[Table]:
     yield from tables(replace(case, task="valence", spikes=[*found][-1]), quick)
 
 
+def language_sparse(quick: bool) -> Iterator[Table]:
+    """Fewer spikes of a language model than the usual conversion sends at as many ticks, at the same perplexity."""
+    case = CASES["language_sparse"]
+    task, original, usual = TASKS[case.task](), teacher_of(case.task, 0, quick).model, replace(case, settings={})
+    start, batch = time.perf_counter(), task.inputs(task.test[: task.size], device_of(original))
+    sent = fasfx.energy(fasfx.convert(original, calibration(case.task, original), usual.config), batch).spikes
+    lines = [plain(SPIKES, [sent], FIGURE), plain("wall time, s", [time.perf_counter() - start], "{:.0f}")]
+    note = f"{usual.config.levels} levels, one threshold for a site; the network below is held to 30 % fewer."
+    yield Table("The original converted as usual", ("", f"T = {case.trained}"), lines, note)
+    yield from tables(
+        replace(case, targets=(*case.targets, Target(SPIKES, case.trained, most=FEWER_SPIKES * sent))), quick
+    )
+
+
 def _part(name: str) -> Part:
     return lambda quick: tables(CASES[name], quick)
 
@@ -73,5 +89,6 @@ PARTS: dict[str, Part] = {
         "seeds": seeds,
         "valence_sparse": valence_sparse,
         **{name: _part(name) for name in CASES},
+        "language_sparse": language_sparse,
     }.items()
 }

@@ -81,8 +81,6 @@ def tuned(name: str, snn: fasfx.SpikingModel, stage: str, of: Any, batches: int,
     folder = folder_of(recipe)
     if not (folder / "network").exists():
         start = time.perf_counter()
-        if task.score == "perplexity":  # all ticks of a language model are more than 20 GB
-            snn.gradient_checkpointing_enable()
         given = task.inputs(task.train[-batches * task.size :], device_of(snn))
         found = tune(snn, given, (stage,), spikes=spikes, folder=folder / "tuning", progress=_report)
         found.save_pretrained(folder / "network")
