@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,24 @@ class Recorder(Interpreter):
             active = ops.CODES[code].activity(ops.tick.ticking(code).reach(u, sent, number, levels, signed), 1)
         site = str(node.meta["site"])
         self.active[site] = self.active.get(site, 0.0) + active.mean()
+
+
+class Seen(NamedTuple):
+    """What a network did with a batch.
+
+    values: site -> what it transmits in the end.   output: in the model's own type.   spikes: per value, [].
+    """
+
+    values: dict[str, Tensor]
+    output: Any
+    spikes: Tensor
+
+
+def seen_by(gm: GraphModule, inputs: Iterable[Tensor], spikes: bool = False) -> Seen:
+    """What a program without ticks does with inputs. spikes: whether to count them; else they are 0."""
+    recorder = Recorder(gm, spikes)
+    output = recorder.run(*inputs)
+    return Seen(recorder.values, output, mean(recorder.active))
 
 
 def transmitted(gm: GraphModule) -> dict[Node, str]:

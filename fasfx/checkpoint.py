@@ -65,6 +65,7 @@ def write(gm: GraphModule, folder: Path) -> None:
         "aliases": aliases,
         "ranges": program.ranges,
         "trained": program.trained,
+        "through_time": program.through_time,
         "tuned": program.tuned,
         "lifted": program.lifted,
         "tuning": program.tuning,
@@ -100,7 +101,7 @@ def read(folder: Path) -> GraphModule:
         gm = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(gm).constants = settings["constants"]
         facts(gm).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
-        for name in ("trained", "tuned", "lifted", "tuning"):
+        for name in ("trained", "through_time", "tuned", "lifted", "tuning"):
             setattr(facts(gm), name, settings.get(name, getattr(facts(gm), name)))
         token = facts(gm).config.granularity == "token"  # formats before 3 say so for the whole network
         sites = [{"dynamic": token and site["fixed"] is None} | site for site in settings["sites"]]

@@ -28,7 +28,7 @@ from fasfx.objective import Objective
 from fasfx.ranging import Progress
 from fasfx.scores import accuracy, perplexity
 from fasfx.text_files import read_texts
-from fasfx.training import ClippedModel, prepare
+from fasfx.training import ClippedModel, prepare, require_ticks
 
 TASKS = {"classification": "AutoModelForSequenceClassification", "language-modelling": "AutoModelForCausalLM"}
 CALIBRATION = 8  # batches of training data
@@ -86,6 +86,8 @@ def finetune(recipe: Recipe, config: SpikeConfig, tokenizer: Any, folder: Path, 
     model, rows, held, fresh = _load(recipe, tokenizer)
     if recipe.distill and fresh:
         raise ConfigError(f"--distill needs a teacher, but weights of {recipe.model} are new: {', '.join(fresh[:3])}")
+    if recipe.through_time:
+        require_ticks(config)
     _claim(folder, recipe, config)
     collate = collator(tokenizer, model)
     batches = [collate(part) for part in _parts(rows, recipe.training.batch)][:CALIBRATION]

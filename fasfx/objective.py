@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder, disagreement, mean, relative_errors
+from fasfx.alignment import Seen, disagreement, mean, relative_errors, seen_by
 from fasfx.capture import is_hugging_face
 from fasfx.difference import main_output, output_mask
 from fasfx.errors import ConfigError, InputError
 from fasfx.program import copy_program, set_attribute
-from fasfx.through_time import Seen
 
 # Fields of a configuration that change nothing about what an evaluated network computes.
 NO_MATTER = (
@@ -53,11 +52,10 @@ def terms(aim: Objective, teacher: GraphModule | None, seen: Seen, inputs: dict[
     """
     total = torch.zeros((), device=main_output(seen.output).device)
     if teacher is not None:
-        watcher = Recorder(teacher)
         with torch.no_grad():
-            wanted = watcher.run(*inputs.values())
-        total = total + aim.hidden * mean(relative_errors(seen.values, watcher.values))
-        total = total + aim.logits * disagreement(seen.output, wanted, output_mask(inputs), aim.temperature)
+            wanted = seen_by(teacher, inputs.values())
+        total = total + aim.hidden * mean(relative_errors(seen.values, wanted.values))
+        total = total + aim.logits * disagreement(seen.output, wanted.output, output_mask(inputs), aim.temperature)
     return total + aim.spikes * seen.spikes if aim.spikes else total
 
 

@@ -104,7 +104,8 @@ class Facts:
     states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # function without tails -> its input's range
     trainable: bool = False  # captured for training: weights keep their names, dropout is there
-    trained: int | None = None  # T of the closed forms that stage I trained with
+    trained: int | None = None  # T of the closed forms, or of the ticks, that stage I trained with
+    through_time: bool = False  # whether it trained the ticks
     tuned: int | None = None  # T that stage II tuned for
     lifted: int | None = None  # T that the lifts of sites were found for
     tuning: list[dict[str, Any]] = field(default_factory=list)  # stage II: every site's error after each stage
@@ -163,6 +164,11 @@ def arguments(node: Node) -> dict[str, Any]:
     found = node.normalized_arguments(torch.nn.Module(), normalize_to_only_use_kwargs=True)
     assert found is not None
     return dict(found.kwargs)
+
+
+def drops(gm: GraphModule) -> bool:
+    """Whether any dropout of a program is on."""
+    return any(node.args[2] for node in gm.graph.find_nodes(op="call_function", target=aten.dropout.default))
 
 
 def set_dropout(gm: GraphModule, active: bool) -> None:

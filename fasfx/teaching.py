@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder
+from fasfx.alignment import Seen, seen_by
 from fasfx.capture import evaluating
 from fasfx.difference import output_mask
-from fasfx.passes import Clip
+from fasfx.passes import Clip, Substitute
+from fasfx.passes.lower import look_up
 from fasfx.program import copy_program, facts
 from fasfx.runner import Runner
+from fasfx.step import make_step_graph
+from fasfx.through_time import ThroughTime
 
 Tensors = dict[str, Tensor]
 
@@ -48,21 +52,26 @@ class Lessons:
         return map(self._taught, self._given)
 
     def _taught(self, inputs: Tensors) -> Taught:
-        recorder = Recorder(self._first)
         with torch.no_grad():
-            output = recorder.run(*inputs.values())
+            seen = self._first([*inputs.values()])
+            output = seen.output
             if self._second is not None:
                 with evaluating(self._second):
                     output = self._second(**inputs, **self._constants)
-        return Taught([*inputs.values()], recorder.values, output, output_mask(inputs))
+        return Taught([*inputs.values()], seen.values, output, output_mask(inputs))
 
 
-def _first_teacher(ranged: GraphModule) -> GraphModule:
+def _first_teacher(ranged: GraphModule) -> Callable[[list[Tensor]], Seen]:
     """What stage I trained, at the T it was trained with or the larger one of now; else the original."""
     program = copy_program(ranged)
     of = facts(program)
     if of.trained is None:
-        return program
+        return partial(seen_by, program)
     of.config = of.config.replace(timesteps=max(of.trained, of.config.timesteps))
     of.sites = {n: dataclasses.replace(site, tuned=None, initial=None) for n, site in of.sites.items()}
-    return Runner([Clip()]).run(program)
+    if not of.through_time:
+        return partial(seen_by, Runner([Clip()]).run(program))
+    ticking = Runner([Clip(), Substitute()]).run(program)
+    make_step_graph(ticking, folded=False)
+    look_up(ticking)
+    return ThroughTime(ticking).run

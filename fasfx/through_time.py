@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-from fasfx.alignment import Recorder, mean
+from fasfx.alignment import Recorder, Seen, mean
 from fasfx.ops import tick
-from fasfx.program import facts
+from fasfx.program import drops, facts
 from fasfx.runtime.ticks import StepGraph
-
-
-class Seen(NamedTuple):
-    """What a network did with a batch.
-
-    values: site -> what it transmits in the end.   output: in the model's own type.   spikes: per value, [].
-    """
-
-    values: dict[str, Tensor]
-    output: Any
-    spikes: Tensor
 
 
 class ThroughTime:
@@ -35,42 +24,44 @@ class ThroughTime:
     One spike of a multi neuron reaches all that is unsent, so that by its surrogate nothing of what it sent before is
     left in what it has sent now: gradients flow through the last tick alone, and no other is kept for them. (A value
     that jumps by more than a threshold loses what of its gradient one spike does not reach.) They flow through every
-    tick where spikes are averaged, or counted.
+    tick where spikes are averaged, or counted. Dropout has the same masks in every tick.
     """
 
     def __init__(self, program: GraphModule) -> None:
         config = facts(program).config
-        self._program, self._steps, self._ticks = program, StepGraph(program), config.timesteps
+        self._program, self._graph, self._steps = program, StepGraph(program), config.timesteps
         self._averages = tick.ticking(config.code).averages
 
-    def run(
-        self, inputs: Sequence[Tensor], spikes: bool = False, recompute: bool = False, seed: int | None = None
-    ) -> Seen:
+    def keeps(self, spikes: bool) -> bool:
+        """Whether every tick is kept for the gradient, not the last alone. spikes: whether they are counted."""
+        return spikes or self._averages
+
+    def run(self, inputs: Sequence[Tensor], spikes: bool = False, recompute: bool = False) -> Seen:
         """What is seen after the last tick.
 
         spikes:    whether to count them.
         recompute: keep the activations of one tick only for the gradient.
-        seed:      of dropout, for the same masks in every tick; None where there is none.
         """
-        sent, active = [*self._steps.state(inputs).sent.values()], torch.zeros(())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (spikes or self._averages)):
+        sent, active = [*self._graph.state(inputs).sent.values()], torch.zeros(())
+        first = _random_state(inputs) if drops(self._program) else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.keeps(spikes)):
             passing = self._passing
             if recompute and torch.is_grad_enabled():
                 passing = partial(checkpoint, passing, use_reentrant=False)
-            for number in range(1, self._ticks):
-                with _masks_of(seed):
+            for number in range(1, self._steps):
+                with _again(first if number > 1 else None):
                     sent, now = passing(spikes, *inputs, torch.tensor(number), *sent)
                 active = active + now
-        with _masks_of(seed):
-            recorder, leaves, _ = self._tick(spikes, *inputs, torch.tensor(self._ticks), *sent)
-        return Seen(recorder.values, self._steps.output(leaves), active + mean(recorder.active))
+        with _again(first if self._steps > 1 else None):
+            recorder, leaves, _ = self._tick(spikes, *inputs, torch.tensor(self._steps), *sent)
+        return Seen(recorder.values, self._graph.output(leaves), active + mean(recorder.active))
 
     @torch.no_grad()
     def currents(self, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """Site -> its neuron's input in every tick, in units of its threshold."""
         found: dict[str, list[Tensor]] = {}
-        sent = [*self._steps.state(inputs).sent.values()]
-        for number in range(1, self._ticks + 1):
+        sent = [*self._graph.state(inputs).sent.values()]
+        for number in range(1, self._steps + 1):
             recorder, _, sent = self._tick(False, *inputs, torch.tensor(number), *sent)
             for site, current in recorder.currents.items():
                 found.setdefault(site, []).append(current)
@@ -87,10 +78,20 @@ class ThroughTime:
         return sent, mean(recorder.active)
 
 
+def _random_state(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """(of the CPU, devices of the inputs, of each of these)"""
+    return torch.get_rng_state(), *get_device_states(*inputs)
+
+
 @contextmanager
-def _masks_of(seed: int | None) -> Iterator[None]:
-    """Random numbers begin at a seed; those drawn elsewhere go on as if none had been drawn here."""
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
+def _draws(state: tuple[Any, ...]) -> Iterator[None]:
+    cpu, devices, states = state
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(cpu)
+        set_device_states(devices, states)
         yield
+
+
+def _again(state: tuple[Any, ...] | None) -> Any:
+    """Random numbers are those that followed this state; what is drawn later goes on as if none had been drawn."""
+    return nullcontext() if state is None else _draws(state)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fasfx.alignment import Recorder, mean
+from fasfx.alignment import Seen, seen_by
 from fasfx.batch_norms import fold_batch_norms
 from fasfx.capture import labels_of, takes_any
 from fasfx.config import SpikeConfig
@@ -32,7 +32,7 @@ from fasfx.program import copy_program, facts, set_attribute, set_dropout
 from fasfx.ranging import Progress, calibrate
 from fasfx.runner import Runner, tidy
 from fasfx.step import make_step_graph
-from fasfx.through_time import Seen, ThroughTime
+from fasfx.through_time import ThroughTime
 
 
 def prepare(
@@ -43,7 +43,7 @@ def prepare(
     progress: Progress | None = None,
     through_time: bool = False,
 ) -> ClippedModel:
-    """The network of stage I: every site holds its code's closed form (QCFS for the rate code), trainable.
+    """The network of stage I: every site holds its code's closed form (QCFS for the rate code) or ticks, trainable.
 
     model, calibration, progress: as in fasfx.convert; labels in calibration batches are ignored. The model is not
                  modified: what trains is a copy, under the original parameter names.
@@ -57,13 +57,19 @@ def prepare(
     Raises what fasfx.convert raises; ConfigError for `through_time` of a sequential network.
     """
     config, trained = config or SpikeConfig(), copy.deepcopy(model)
-    if through_time and config.schedule != "synchronous":
+    if through_time:
+        require_ticks(config)
+    ranged = calibrate(trained, calibration, config, progress, training=True)
+    return ClippedModel(ranged, trained, objective, through_time)
+
+
+def require_ticks(config: SpikeConfig) -> None:
+    """Raise ConfigError for a network without ticks to train through."""
+    if config.schedule != "synchronous":
         raise ConfigError(
             "through_time: a sequential network computes its closed form, which is what trains without it; "
             'set schedule="synchronous"'
         )
-    ranged = calibrate(trained, calibration, config, progress, training=True)
-    return ClippedModel(ranged, trained, objective, through_time)
 
 
 class ClippedModel(Programmed):
@@ -87,7 +93,7 @@ class ClippedModel(Programmed):
         learn_thresholds(learning, as_stored(learning))
         if through_time:
             make_step_graph(learning, folded=False)
-        self._ticks = ThroughTime(learning) if through_time else None
+        self._through = ThroughTime(learning) if through_time else None
         self._programs = (ranged, learning)  # in a tuple: not submodules
         self._own_tensors()
         self._layers: Layers | None = None
@@ -112,7 +118,7 @@ class ClippedModel(Programmed):
 
         In train mode with a teacher or a weight on spikes, `loss` is the whole objective.
         Raises InputError naming a missing, unknown or ill-typed input, and for labels of a model without a loss;
-        ConfigError for activation checkpointing with a teacher or a weight on spikes.
+        ConfigError for activation checkpointing where it cannot be (activation_checkpointing_enable).
         """
         items = kwargs.pop("num_items_in_batch", None)
         targets = {name: v for name in self._labels if (v := kwargs.get(name)) is not None}
@@ -120,7 +126,7 @@ class ClippedModel(Programmed):
         if not (self.training and self._has_terms):
             output = self._run(inputs)
             return with_loss(output, self._task_loss(output, targets, items)) if targets else output
-        if self._recompute and self._ticks is None:
+        if self._recompute and self._through is None:
             raise ConfigError("activation checkpointing does not go with a teacher or a weight on spikes: turn one off")
         seen = self._seen(inputs, spikes=self.objective.spikes > 0)
         loss = self.objective.task * self._task_loss(seen.output, targets, items) if targets else torch.zeros(())
@@ -132,15 +138,14 @@ class ClippedModel(Programmed):
 
     def _seen(self, inputs: dict[str, Tensor], spikes: bool = False) -> Seen:
         """What every site transmits, and the output."""
-        if self._ticks is not None:
-            masks = int(torch.randint(2**62, ())) if self.training and self._teacher is None else None
-            return self._ticks.run([*inputs.values()], spikes, self._recompute, masks)
-        recorder = Recorder(self._programs[1], spikes)
-        output = recorder.run(*inputs.values())
-        return Seen(recorder.values, output, mean(recorder.active))
+        if self._through is None:
+            return seen_by(self._programs[1], inputs.values(), spikes)
+        if self._recompute and not self._through.keeps(spikes):
+            raise ConfigError("activation checkpointing keeps one tick, and this network needs no other: turn it off")
+        return self._through.run([*inputs.values()], spikes, self._recompute)
 
     def _run(self, inputs: dict[str, Tensor]) -> Any:
-        if self._ticks is not None:
+        if self._through is not None:
             return self._seen(inputs).output
         if self._recompute and torch.is_grad_enabled():
             self._layers = self._layers or Layers(self._programs[1])
@@ -216,7 +221,8 @@ class ClippedModel(Programmed):
     ) -> None:
         """Keep only what goes from layer to layer for the gradient; not together with a teacher or a weight on spikes.
 
-        Of a network that learns through time: keep one tick, whatever the objective.
+        Of a network that learns through time: keep one tick. Not of the multi code without a weight on spikes, which
+        keeps no other (fasfx.through_time).
         Raises ConfigError for the options of transformers that are not implemented here.
         """
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
@@ -283,7 +289,7 @@ class ClippedModel(Programmed):
                 set_attribute(ranged, name, known[name].detach().clone())
         theta, of = learned_thresholds(clipped), facts(ranged)
         of.sites = {name: dataclasses.replace(site, theta=theta.get(name)) for name, site in of.sites.items()}
-        of.trained, of.trainable = of.config.timesteps, False
+        of.trained, of.through_time, of.trainable = of.config.timesteps, self._through is not None, False
         fold_batch_norms(ranged)
         tidy(ranged)
         return ranged

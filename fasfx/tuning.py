@@ -50,7 +50,8 @@ def tune(
 ) -> SpikingModel:
     """Calibrate a synchronous spiking network at its own T; the one given is unchanged.
 
-    Memory grows with T, unless `snn.gradient_checkpointing_enable()` was called.
+    Memory grows with T where spikes are averaged (rate) or `spikes` counts them, unless
+    `snn.gradient_checkpointing_enable()` was called.
 
     batches:  at least two batches of model inputs, without labels. The last fifth is held out from gradients and
               decides which state is kept.
@@ -64,9 +65,10 @@ def tune(
     folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended. Remove
               it when the result is safe.
     Loss:     mean over sites of |x_T - q|^2 / |q|^2, plus the terms above. x_T is the running estimate after tick T;
-              q what the site transmits in the network that stage I trained, in closed form at the larger of its T and
-              this one, or the original's value where nothing was trained. Gradients flow through the ticks; the
-              held-out alignment never ends higher than it began, unless `spikes` asks for that.
+              q what the site transmits in the network that stage I trained, at the larger of its T and this one: in
+              closed form, or after the ticks it was trained through; or the original's value where nothing was trained.
+              Gradients as in fasfx.prepare(through_time=True); the held-out alignment never ends higher than it began,
+              unless `spikes` asks for that.
     Returns a network whose `.tuning` has every site's error before and after each stage.
     Raises ConfigError for a sequential network or an unknown stage, CalibrationError for fewer than two batches.
     """

@@ -76,9 +76,7 @@ ACTIVATION = ("rate", "activation", 8, MANY, (Target(TUNED, 8, loss=0.003),))
 RATE = ("rate", "matmul", 8, MANY, (Target(TUNED, 16, loss=0.02), Target(SEQUENTIAL, 8, loss=0.01)))
 SPOKEN = ("multi", "matmul", 2, (1, 2, 3, 4))
 SPEECH = (Target(TUNED, 3, loss=0.015), Target(TUNED, 2, loss=0.06))
-BUDGET = (
-    1.5  # epochs of stage I on language: 662 steps of 256 tokens, 10 s each where another process has the other core
-)
+BUDGET = 1.5  # epochs of stage I on language: 662 steps of 256 tokens, 10 s of one core each
 TUNING_OF_LANGUAGE = 10  # a step at T = 2 takes 8 s of one core
 # Thresholds per channel take up what one per site spends many levels on: few are left, and so are few spikes.
 FEW_SPOKEN = ("multi", "matmul", 5, (5,), (Target(TUNED, 5, loss=0.005),))
