@@ -95,10 +95,9 @@ class Student:
         return {site: torch.stack([one[site] for one in found]).mean() for site in found[0]}
 
     @torch.no_grad()
-    def search(self, batches: Iterable[Taught], least: float) -> None:
-        """Closed form: every threshold becomes the best of FACTORS times itself, by squared error to the teacher.
+    def search(self, batches: Iterable[Taught]) -> Tensors:
+        """Site -> the squared error to the teacher of every threshold times each of FACTORS, [17, ...].
 
-        Those whose error falls by less than the share `least` stay.
         Neurons are run on the currents that the network gives them now; changes elsewhere are not foreseen.
         """
         errors: dict[str, Tensor] = {}
@@ -109,6 +108,14 @@ class Student:
                 gaps = (self._neuron(site, us, theta[site], factor) - batch.values[site] for factor in FACTORS)
                 found = torch.stack([gap.square().sum_to_size(shape) for gap in gaps])
                 errors[site] = errors.get(site, 0.0) + found
+        return errors
+
+    @torch.no_grad()
+    def rescale(self, errors: Tensors, least: float) -> None:
+        """Closed form: every threshold becomes the best of FACTORS times itself, by what `search` found.
+
+        Those whose error falls by less than the share `least` stay.
+        """
         factors, same = torch.tensor(FACTORS), FACTORS.index(1.0)
         for site, found in errors.items():
             scale = attribute(self.program, f"theta_{site}{LOG_SCALE}")
@@ -126,18 +133,21 @@ class Student:
         return sent * (theta * factor / config.unit(steps)) / (len(currents) if row.averages else 1)
 
     @torch.no_grad()
-    def match_means(self, batches: Iterable[Taught], share: float) -> None:
-        """Closed form: every potential takes up `share` of its site's mean error."""
+    def means(self, batches: Iterable[Taught]) -> Tensors:
+        """Site -> its mean error, in the unit and shape of its potential."""
         gaps: dict[str, list[Tensor]] = {}
         for batch in batches:
             for site, value in self._learning(self._through.run(batch.inputs).values):
                 shape = attribute(self.program, f"potential_{site}{SHARE}").shape
                 gap = (batch.values[site] - value) * self._spread
                 gaps.setdefault(site, []).append(gap.sum_to_size(shape) * (math.prod(shape) / gap.numel()))
-        for site, found in gaps.items():
-            attribute(self.program, f"potential_{site}{SHARE}").add_(
-                torch.stack(found).mean(0) * share / self._unit(site)
-            )
+        return {site: torch.stack(found).mean(0) for site, found in gaps.items()}
+
+    @torch.no_grad()
+    def match_means(self, means: Tensors, share: float) -> None:
+        """Closed form: every potential takes up `share` of its site's mean error."""
+        for site, mean_error in means.items():
+            attribute(self.program, f"potential_{site}{SHARE}").add_(mean_error * share / self._unit(site))
 
     @torch.no_grad()
     def set_units(self, batches: Iterable[Taught]) -> None:

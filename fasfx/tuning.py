@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ class _Stage:
         """Measure, then thresholds and means in closed form, as far as they help."""
         self._keep()
         _, self._first = self._best
-        self._try("thresholds", lambda least: self._student.search(self._seen, least), LEAST)
-        self._try("means", lambda share: self._student.match_means(self._seen, share), SHARES)
+        self._try("thresholds", partial(self._student.rescale, self._student.search(self._seen)), LEAST)
+        self._try("means", partial(self._student.match_means, self._student.means(self._seen)), SHARES)
 
     def _try(self, what: str, change: Callable[[float], None], strengths: Sequence[float]) -> None:
         """The first strength of a change that helps; none if none does."""

@@ -236,7 +236,7 @@ def test_means_are_matched_by_potentials_of_the_mean_error(shapes: Any, of_code:
     student, taught = Student(snn.ranged, shapes, 0.0, 0.0), [*Lessons(snn.ranged, None, batches(1))]
     student.set_units(taught)
     gaps = {site: taught[0].values[site] - value for site, value in transmitted(snn, batches()[0]).items()}
-    student.match_means(taught, 0.5)
+    student.match_means(student.means(taught), 0.5)
     for site, found in learned_potentials(student.program).items():
         gap = gaps[site]
         mean = gap.sum_to_size(found.shape) * (found.numel() / gap.numel())
