@@ -35,6 +35,7 @@ SLOWER = 0.3  # what an epoch without progress makes of the steps
 LR = 0.01  # Adam's step of the logarithm of a threshold
 LR_POTENTIAL = 0.02  # Adam's step of an initial potential, in units of the root of its site's mean squared error
 LEAST = (0.0, 0.1, 0.3)  # how much a threshold must lower its site's own error to be changed in closed form
+SETTLED = 1e-12  # of the loss: a network that differs from its teachers by float rounding has nothing to learn
 SHARES = (1.0, 0.5, 0.25)  # of the mean error that the closed form may take up; errors add up along the network
 
 
@@ -62,7 +63,8 @@ def tune(
     logits:   weight of KL(teacher || network) of the logits, nats per position; of an output without logits, of the
               relative squared error of its main tensor.
     spikes:   weight of spikes per value, mean over the sites: asks for fewer.
-    epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs.
+    epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs, and at once where
+              it is 0 but for rounding.
     folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended. Remove
               it when the result is safe.
     Loss:     mean over sites of |x_T - q|^2 / |q|^2, plus the terms above. x_T is the running estimate after tick T;
@@ -145,7 +147,7 @@ class _Stage:
             self._student.load(self._state)
             self._adam.load_state_dict(kept["adam"])
             epoch, waiting = kept["epoch"], kept["waiting"]
-        while epoch < epochs and waiting < PATIENCE:
+        while epoch < epochs and waiting < PATIENCE and self._best[0] > SETTLED:
             self._epoch(epoch, epochs)
             epoch, waiting = epoch + 1, 0 if self._keep() else waiting + 1
             if waiting:  # back to the best state, with smaller steps
@@ -159,6 +161,8 @@ class _Stage:
         """Measure, then thresholds and means in closed form, as far as they help."""
         self._keep()
         _, self._first = self._best
+        if self._best[0] <= SETTLED:
+            return
         self._try("thresholds", partial(self._student.rescale, self._student.search(self._seen)), LEAST)
         self._try("means", partial(self._student.match_means, self._student.means(self._seen)), SHARES)
 
