@@ -65,8 +65,8 @@ def tune(
     spikes:   weight of spikes per value, mean over the sites: asks for fewer.
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs, and at once where
               it is 0 but for rounding.
-    folder:   where progress is kept after every epoch; a second call with it goes on where the first one ended. Remove
-              it when the result is safe.
+    folder:   where progress is kept after the closed forms and every epoch; a second call with it goes on where the first
+              one ended. Remove it when the result is safe.
     Loss:     mean over sites of |x_T - q|^2 / |q|^2, plus the terms above. x_T is the running estimate after tick T;
               q what the site transmits in the network that stage I trained, at the larger of its T and this one: in
               closed form, or after the ticks it was trained through; or the original's value where nothing was trained.
@@ -142,6 +142,7 @@ class _Stage:
         if kept is None:
             self._begin()
             epoch, waiting = 0, 0
+            self._save(every, epoch, waiting)
         else:
             self._first, self._best, self._state = kept["first"], tuple(kept["best"]), kept["state"]
             self._student.load(self._state)
@@ -154,8 +155,12 @@ class _Stage:
                 self._student.load(self._state)
                 for group in self._adam.param_groups:
                     group["lr"] *= SLOWER
-            now = {"first": self._first, "best": self._best, "state": self._state, "adam": self._adam.state_dict()}
-            self._saved.save(every | {self._name: now | {"epoch": epoch, "waiting": waiting}})
+            self._save(every, epoch, waiting)
+
+    def _save(self, every: dict[str, Any], epoch: int, waiting: int) -> None:
+        """Keep where this stage is, beside the others."""
+        now = {"first": self._first, "best": self._best, "state": self._state, "adam": self._adam.state_dict()}
+        self._saved.save(every | {self._name: now | {"epoch": epoch, "waiting": waiting}})
 
     def _begin(self) -> None:
         """Measure, then thresholds and means in closed form, as far as they help."""

@@ -212,7 +212,16 @@ def test_a_killed_tune_goes_on(
     place: Path, trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = trained[0]
-    given = ("tune", out, "--data", place / "texts.txt", "--epochs", 2)
+    given = (
+        "tune",
+        out,
+        "--data",
+        place / "texts.txt",
+        "--epochs",
+        2,
+        "--timesteps",
+        3,
+    )  # at 4 there is nothing to tune
     assert run(*given, "-o", tmp_path / "whole").exit_code == 0
     watch(monkeypatch, stop=("tune, neuron", 3))  # of two batches that are not held out
     assert run(*given, "-o", tmp_path / "out").exit_code not in (0, 2)
