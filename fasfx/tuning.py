@@ -65,8 +65,8 @@ def tune(
     spikes:   weight of spikes per value, mean over the sites: asks for fewer.
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs, and at once where
               it is 0 but for rounding.
-    folder:   where progress is kept after the closed forms and every epoch; a second call with it goes on where the first
-              one ended. Remove it when the result is safe.
+    folder:   where progress is kept after the closed forms and every epoch; a second call with it goes on where the
+              first one ended. Remove it when the result is safe.
     Loss:     mean over sites of |x_T - q|^2 / |q|^2, plus the terms above. x_T is the running estimate after tick T;
               q what the site transmits in the network that stage I trained, at the larger of its T and this one: in
               closed form, or after the ticks it was trained through; or the original's value where nothing was trained.
