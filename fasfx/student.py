@@ -25,13 +25,10 @@ from fasfx.learnable import (
     learned_thresholds,
 )
 from fasfx.ops import tick
-from fasfx.passes import Clip, Substitute
-from fasfx.passes.lower import look_up
 from fasfx.program import attribute, copy_program, facts, freeze, set_dropout
-from fasfx.runner import Runner, tidy
-from fasfx.step import make_step_graph
+from fasfx.runner import tidy
 from fasfx.teaching import Taught, Tensors
-from fasfx.through_time import ThroughTime
+from fasfx.through_time import ThroughTime, step_graph
 
 FACTORS = tuple(2.0 ** (quarter / 4) for quarter in range(-12, 5))  # of a threshold, that `search` tries
 
@@ -50,18 +47,20 @@ class Student:
         spikes: float,
         recompute: bool = False,
     ) -> None:
-        program = Runner([Clip(), Substitute()]).run(ranged)
-        set_dropout(program, False)
-        freeze(program)
-        found = shapes(program)
-        if not found:
-            raise ConfigError("thresholds of this network are computed row by row: there are none to tune")
-        learn_potentials(program, found)
-        learn_thresholds(program, found)
-        make_step_graph(program, folded=False)
-        look_up(program)
+        found: Shapes = {}
+
+        def learn(program: GraphModule) -> None:
+            set_dropout(program, False)
+            freeze(program)
+            found.update(shapes(program))
+            if not found:
+                raise ConfigError("thresholds of this network are computed row by row: there are none to tune")
+            learn_potentials(program, found)
+            learn_thresholds(program, found)
+
+        self.program = program = step_graph(ranged, learn)
         tidy(program)
-        self.program, self._through, self._recompute = program, ThroughTime(program), recompute
+        self._through, self._recompute = ThroughTime(program), recompute
         self._logits, self._spikes, self._sites = logits, spikes, frozenset(found)
         config = facts(program).config
         # A rate neuron spreads its initial potential over its ticks.

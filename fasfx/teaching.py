@@ -15,12 +15,10 @@ from torch.fx import GraphModule
 from fasfx.alignment import Seen, seen_by
 from fasfx.capture import evaluating
 from fasfx.difference import output_mask
-from fasfx.passes import Clip, Substitute
-from fasfx.passes.lower import look_up
+from fasfx.passes import Clip
 from fasfx.program import copy_program, facts
 from fasfx.runner import Runner
-from fasfx.step import make_step_graph
-from fasfx.through_time import ThroughTime
+from fasfx.through_time import ThroughTime, step_graph
 
 Tensors = dict[str, Tensor]
 
@@ -71,7 +69,4 @@ def _first_teacher(ranged: GraphModule) -> Callable[[list[Tensor]], Seen]:
     of.sites = {n: dataclasses.replace(site, tuned=None, initial=None) for n, site in of.sites.items()}
     if not of.through_time:
         return partial(seen_by, Runner([Clip()]).run(program))
-    ticking = Runner([Clip(), Substitute()]).run(program)
-    make_step_graph(ticking, folded=False)
-    look_up(ticking)
-    return ThroughTime(ticking).run
+    return ThroughTime(step_graph(program)).run

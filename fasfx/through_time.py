@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint
 
 from fasfx.alignment import Recorder, Seen, mean
 from fasfx.ops import tick
+from fasfx.passes import Clip, Substitute
+from fasfx.passes.lower import look_up
 from fasfx.program import drops, facts
+from fasfx.runner import Runner
 from fasfx.runtime.ticks import StepGraph
+from fasfx.step import make_step_graph
+
+
+def step_graph(ranged: GraphModule, learn: Callable[[GraphModule], None] | None = None) -> GraphModule:
+    """The step graph of a program at RANGED, thresholds not folded. learn: makes parameters of what is to learn."""
+    program = Runner([Clip(), Substitute()]).run(ranged)
+    if learn is not None:
+        learn(program)
+    make_step_graph(program, folded=False)
+    look_up(program)
+    return program
 
 
 class ThroughTime:
@@ -43,17 +56,22 @@ class ThroughTime:
         recompute: keep the activations of one tick only for the gradient.
         """
         sent, active = [*self._graph.state(inputs).sent.values()], torch.zeros(())
-        first = _random_state(inputs) if drops(self._program) else None
+        here = inputs[0].device
+        same_masks = partial(  # what a tick draws is forgotten, but for the last
+            torch.random.fork_rng,
+            [] if here.type == "cpu" else [here],
+            enabled=drops(self._program),
+            device_type=here.type,
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.keeps(spikes)):
             passing = self._passing
             if recompute and torch.is_grad_enabled():
                 passing = partial(checkpoint, passing, use_reentrant=False)
             for number in range(1, self._steps):
-                with _again(first if number > 1 else None):
+                with same_masks():
                     sent, now = passing(spikes, *inputs, torch.tensor(number), *sent)
                 active = active + now
-        with _again(first if self._steps > 1 else None):
-            recorder, leaves, _ = self._tick(spikes, *inputs, torch.tensor(self._steps), *sent)
+        recorder, leaves, _ = self._tick(spikes, *inputs, torch.tensor(self._steps), *sent)
         return Seen(recorder.values, self._graph.output(leaves), active + mean(recorder.active))
 
     @torch.no_grad()
@@ -76,22 +94,3 @@ class ThroughTime:
         """A tick that is not the last: only its state and its spikes count."""
         recorder, _, sent = self._tick(spikes, *given)
         return sent, mean(recorder.active)
-
-
-def _random_state(inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """(of the CPU, devices of the inputs, of each of these)"""
-    return torch.get_rng_state(), *get_device_states(*inputs)
-
-
-@contextmanager
-def _draws(state: tuple[Any, ...]) -> Iterator[None]:
-    cpu, devices, states = state
-    with torch.random.fork_rng(devices):
-        torch.set_rng_state(cpu)
-        set_device_states(devices, states)
-        yield
-
-
-def _again(state: tuple[Any, ...] | None) -> Any:
-    """Random numbers are those that followed this state; what is drawn later goes on as if none had been drawn."""
-    return nullcontext() if state is None else _draws(state)

@@ -27,12 +27,11 @@ from fasfx.inputs import bind, input_names
 from fasfx.layers import Layers
 from fasfx.learnable import LOG_SCALE, as_stored, learn_thresholds, learned_thresholds
 from fasfx.objective import Objective, loss_of, teacher_program, terms, with_loss
-from fasfx.passes import Clip, Substitute
+from fasfx.passes import Clip
 from fasfx.program import copy_program, facts, set_attribute, set_dropout
 from fasfx.ranging import Progress, calibrate
 from fasfx.runner import Runner, tidy
-from fasfx.step import make_step_graph
-from fasfx.through_time import ThroughTime
+from fasfx.through_time import ThroughTime, step_graph
 
 
 def prepare(
@@ -50,7 +49,7 @@ def prepare(
     config:      `timesteps` is the T (for the rate code the levels L) that training sees.
     objective:   what training minimises; None: the model's own loss.
     through_time: train what a synchronous network computes in its T ticks instead, by surrogate gradients
-                 (fasfx.through_time). A forward takes T times as long, and what is learned is for this T.
+                 (fasfx.through_time). A forward runs the network T times, and what is learned is for this T.
     With nonlinear="spiking" functions are exact while it trains, and become neuron groups at conversion.
     Train it with transformers.Trainer or a loop of your own, then call fasfx.convert on it. More than one GPU or
     machine: `accelerate launch`, one process for each.
@@ -89,10 +88,11 @@ class ClippedModel(Programmed):
         through_time: bool = False,
     ) -> None:
         super().__init__()
-        learning = Runner([Clip(), Substitute()] if through_time else [Clip()]).run(ranged)
-        learn_thresholds(learning, as_stored(learning))
         if through_time:
-            make_step_graph(learning, folded=False)
+            learning = step_graph(ranged, _learn)
+        else:
+            learning = Runner([Clip()]).run(ranged)
+            _learn(learning)
         self._through = ThroughTime(learning) if through_time else None
         self._programs = (ranged, learning)  # in a tuple: not submodules
         self._own_tensors()
@@ -293,6 +293,11 @@ class ClippedModel(Programmed):
         fold_batch_norms(ranged)
         tidy(ranged)
         return ranged
+
+
+def _learn(gm: GraphModule) -> None:
+    """Its thresholds become parameters."""
+    learn_thresholds(gm, as_stored(gm))
 
 
 def _like(original: nn.Module, base: type[nn.Module], names: list[str]) -> Any:

@@ -212,16 +212,8 @@ def test_a_killed_tune_goes_on(
     place: Path, trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = trained[0]
-    given = (
-        "tune",
-        out,
-        "--data",
-        place / "texts.txt",
-        "--epochs",
-        2,
-        "--timesteps",
-        3,
-    )  # at 4 there is nothing to tune
+    # at T = 4, which stage I had, there is nothing to tune
+    given = ("tune", out, "--data", place / "texts.txt", "--epochs", 2, "--timesteps", 3)
     assert run(*given, "-o", tmp_path / "whole").exit_code == 0
     watch(monkeypatch, stop=("tune, neuron", 3))  # of two batches that are not held out
     assert run(*given, "-o", tmp_path / "out").exit_code not in (0, 2)
@@ -337,11 +329,12 @@ def choices(place: Path) -> dict[str, tuple[tuple[Any, ...], str]]:
 
 
 CHOICES = ("task", "no teacher", "teacher of other classes", "no tokenizer", "no model", "too short", "no texts")
-CHOICES += ("code", "encoder", "spiking checkpoint")
+CHOICES += ("code", "encoder", "no ticks", "spiking checkpoint")
 
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_choices_that_make_no_sense(case: str, place: Path, tmp_path: Path) -> None:
+    assert {*choices(place)} == {*CHOICES}
     (model, *options), words = choices(place)[case]
     assert_refused(run("finetune", model, "-o", tmp_path / "out", *options), words.format(model=model))
     assert [*tmp_path.iterdir()] == []

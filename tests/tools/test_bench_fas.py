@@ -110,10 +110,13 @@ def test_language_is_a_ratio_to_the_originals_perplexity(epochs: float, small: P
     assert all(second > 0 for second in labelled(times)[TUNED])
 
 
-def test_stage_one_through_time_is_another_recipe_and_reaches_what_its_ticks_say(small: Path) -> None:
+def test_stage_one_through_time_is_another_recipe_and_reaches_what_its_ticks_say(
+    small: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     case = Case("language", "multi", "matmul", 2, (2,), (), 1, lr=1e-3, tuning=2)
     closed, ticks = (recipes.made_of(replace(case, through_time=through), 0) for through in (False, True))
     assert closed.of != ticks.of and closed.original.seconds == ticks.original.seconds
+    assert torch.accelerator.is_available() or not [w for w in recwarn if "pin_memory" in str(w.message)]
     task = tasks.TASKS["language"]()
     said = [(task.measure(made.trained.model), task.measure(made.snn)) for made in (closed, ticks)]
     assert said[1][0] == pytest.approx(said[1][1], rel=1e-5) and said[0][0] != pytest.approx(said[0][1], rel=1e-5)

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 import fasfx
 from fasfx.devices import device_of
 from fasfx.tools.bench.by_ticks import FIGURE, PERCENT, tables
-from fasfx.tools.bench.recipes import CASES, FEWER, SPARSE, SPIKES, Case, Target, made_of, teacher_of
+from fasfx.tools.bench.recipes import CASES, FEWER, SPARSE, SPARSE_LANGUAGE, SPIKES, Case, Target, made_of, teacher_of
 from fasfx.tools.bench.tables import Table, at_most, plain
 from fasfx.tools.bench.tasks import TASKS
 from fasfx.tools.bench.trained import calibration
@@ -63,16 +63,15 @@ def valence_sparse(quick: bool) -> Iterator[Table]:
 
 def language_sparse(quick: bool) -> Iterator[Table]:
     """Fewer spikes of a language model than the usual conversion sends at as many ticks, at the same perplexity."""
-    case = CASES["language_sparse"]
-    task, original, usual = TASKS[case.task](), teacher_of(case.task, 0, quick).model, replace(case, settings={})
+    case, usual = SPARSE_LANGUAGE, replace(SPARSE_LANGUAGE, settings={})
+    task, original = TASKS[case.task](), teacher_of(case.task, 0, quick).model
     start, batch = time.perf_counter(), task.inputs(task.test[: task.size], device_of(original))
     sent = fasfx.energy(fasfx.convert(original, calibration(case.task, original), usual.config), batch).spikes
     lines = [plain(SPIKES, [sent], FIGURE), plain("wall time, s", [time.perf_counter() - start], "{:.0f}")]
     note = f"{usual.config.levels} levels, one threshold for a site; the network below is held to 30 % fewer."
     yield Table("The original converted as usual", ("", f"T = {case.trained}"), lines, note)
-    yield from tables(
-        replace(case, targets=(*case.targets, Target(SPIKES, case.trained, most=FEWER_SPIKES * sent))), quick
-    )
+    few = Target(SPIKES, case.trained, most=FEWER_SPIKES * sent)
+    yield from tables(replace(case, targets=(*case.targets, few)), quick)
 
 
 def _part(name: str) -> Part:
@@ -88,7 +87,7 @@ PARTS: dict[str, Part] = {
     for name, part in {
         "seeds": seeds,
         "valence_sparse": valence_sparse,
-        **{name: _part(name) for name in CASES},
         "language_sparse": language_sparse,
+        **{name: _part(name) for name in CASES},
     }.items()
 }

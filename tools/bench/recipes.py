@@ -77,10 +77,11 @@ RATE = ("rate", "matmul", 8, MANY, (Target(TUNED, 16, loss=0.02), Target(SEQUENT
 SPOKEN = ("multi", "matmul", 2, (1, 2, 3, 4))
 SPEECH = (Target(TUNED, 3, loss=0.015), Target(TUNED, 2, loss=0.06))
 BUDGET = 1.5  # epochs of stage I on language: 662 steps of 256 tokens, 10 s of one core each
-TUNING_OF_LANGUAGE = 10  # a step at T = 2 takes 8 s of one core
+TUNING_OF_LANGUAGE = 10
 # Thresholds per channel take up what one per site spends many levels on: few are left, and so are few spikes.
 FEW_SPOKEN = ("multi", "matmul", 5, (5,), (Target(TUNED, 5, loss=0.005),))
 NARROW = {"levels": 8, "granularity": "channel", "margin": 2.0}
+SPARSE_LANGUAGE = Case("language", *FEW_SPOKEN, epochs=0.5, lr=5e-5, tuning=TUNING_OF_LANGUAGE, settings=NARROW)
 CASES = {
     "valence": Case("valence", *MULTI),
     "valence_activation": Case("valence", *ACTIVATION),
@@ -91,7 +92,6 @@ CASES = {
     "digits": Case("digits", *MULTI, epochs=10, lr=3e-4),
     "digits_activation": Case("digits", *ACTIVATION, epochs=10, lr=3e-4),
     "language": Case("language", *SPOKEN, SPEECH, epochs=BUDGET, lr=1e-4, tuning=TUNING_OF_LANGUAGE, through_time=True),
-    "language_sparse": Case("language", *FEW_SPOKEN, epochs=0.5, lr=5e-5, tuning=TUNING_OF_LANGUAGE, settings=NARROW),
     "language_untrained": Case("language", *SPOKEN, SPEECH, epochs=0, tuning=TUNING_OF_LANGUAGE),
     "code_untrained": Case("code", "multi", "matmul", 1, (2, 3), SPEECH, epochs=0, tuning=TUNING_OF_LANGUAGE),
 }

@@ -70,7 +70,6 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     aim = fasfx.Objective(teacher=teacher, temperature=DISTILLATION, spikes=spikes)
     qann = fasfx.prepare(teacher, calibration(name, teacher), config, aim, through_time=through_time)
     every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
-    every |= {"through_time": True} if through_time else {}
     aims = {name: getattr(aim, name) for name in ("task", "logits", "hidden", "temperature", "spikes")}
     return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
 
