@@ -1,7 +1,8 @@
 """Checkpoints: a folder with spike_config.json, graph.txt and model.safetensors. No pickle, no code.
 
-`write` and `read` store a program of any level this way; its ledger and history stay behind. A converted network is
-stored as its calibrated program (level RANGED) with the original weights and the sites' ranges.
+`write` and `read` store a program of any level this way; its ledger and history stay behind, but for the names of
+its passes. A converted network is stored as its calibrated program (level RANGED) with the original weights and the
+sites' ranges.
 """
 
 from __future__ import annotations
@@ -63,12 +64,14 @@ def write(gm: GraphModule, folder: Path) -> None:
         "config": dataclasses.asdict(program.config),
         "constants": program.constants,
         "aliases": aliases,
+        "centres": program.centres,
         "ranges": program.ranges,
         "trained": program.trained,
         "through_time": program.through_time,
         "tuned": program.tuned,
         "lifted": program.lifted,
         "tuning": program.tuning,
+        "passed": program.passed,
         "sites": [_site_to_json(site) for site in program.sites.values()],
         "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
     }
@@ -101,8 +104,9 @@ def read(folder: Path) -> GraphModule:
         gm = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(gm).constants = settings["constants"]
         facts(gm).ranges = {name: tuple(ends) for name, ends in settings.get("ranges", {}).items()}
-        for name in ("trained", "through_time", "tuned", "lifted", "tuning"):
+        for name in ("centres", "trained", "through_time", "tuned", "lifted", "tuning"):
             setattr(facts(gm), name, settings.get(name, getattr(facts(gm), name)))
+        facts(gm).before = settings.get("passed", [])
         token = facts(gm).config.granularity == "token"  # formats before 3 say so for the whole network
         sites = [{"dynamic": token and site["fixed"] is None} | site for site in settings["sites"]]
         facts(gm).sites = {site["name"]: _site_from_json(site, tensors) for site in sites}

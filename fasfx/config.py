@@ -31,6 +31,8 @@ class SpikeConfig:
     timesteps:   T, spikes a neuron may send per value (per threshold ladder for `multi`).
     code:        "multi" (signed powers of two), "radix" (binary digits), "rate" (QCFS, FAS's neuron).
     levels:      thresholds of a multi neuron, 1 to 24; independent of timesteps.
+    population:  neurons per value, one after the other, each with T spikes of its own for what the others have left;
+                 twice as many where two values are multiplied. More spikes in a tick, and fewer ticks.
     schedule:    "sequential": a layer starts when its input is complete; closed form, latency depth * T.
                  "synchronous": all layers tick together, an answer after every tick, latency T; not for radix.
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
@@ -44,6 +46,8 @@ class SpikeConfig:
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else; with int8 weights one per tensor for what only
                  linear layers read, one per row for gated values.
+    centre:      whether linear layers are sent how far each channel is from its median in the first calibration batch;
+                 their biases hold the rest. For a synchronous network of few ticks.
     group_size:  neurons of every group, more where T steps of the code need narrower ones; None: for each function
                  the fewest (a power of two) that are exact enough at this T.
     skip:        regular expressions (re.search) on module paths whose operators stay as they are.
@@ -56,6 +60,7 @@ class SpikeConfig:
     timesteps: int = 4
     code: Literal["multi", "radix", "rate"] = "multi"
     levels: int = 20
+    population: int = 1
     schedule: Literal["sequential", "synchronous"] = "sequential"
     coverage: Literal["matmul", "activation"] = "matmul"
     activation: Literal["keep", "replace"] = "keep"
@@ -64,6 +69,7 @@ class SpikeConfig:
     margin: float | None = None
     granularity: Literal["tensor", "channel", "token"] | None = None
     weights: Literal["float", "int8"] = "float"
+    centre: bool = False
     group_size: int | None = None
     skip: tuple[str, ...] = ()
     strict: bool = False
@@ -73,7 +79,7 @@ class SpikeConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
-        for name, low, high in (("timesteps", 1, None), ("levels", 1, MAX_LEVELS)):
+        for name, low, high in (("timesteps", 1, None), ("population", 1, None), ("levels", 1, MAX_LEVELS)):
             _check_integer(name, getattr(self, name), low, high)
         if self.code == "radix" and self.timesteps > MAX_RADIX_STEPS:
             raise ConfigError(

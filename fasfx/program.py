@@ -38,7 +38,7 @@ class Site:
              dynamic one's over its row's largest |value|; only where weights are to be int8, until round has used it.
     lift:    what is added to the spike count before it is rounded, so that on average the rounded sum is the sum.
     fixed:   a threshold known without data (1 for exponentials of deferred softmax), or None.
-    population: neurons per value, each with T spikes; 2 where it meets another value element by element.
+    population: neurons per value, each with T spikes; twice as many where it meets another value element by element.
     dynamic: whether the threshold is each row's own, its largest |value| (granularity "token"; gated values, where
              counts are bytes).
     theta:   the threshold that stage I trained, which then holds instead of the calibrated one.
@@ -100,8 +100,10 @@ class Facts:
     ledger: Ledger = field(default_factory=Ledger)
     declined: list[Declined] = field(default_factory=list)
     history: list[Ran] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)  # the passes of the stored program that this one was read from
     tick: str = ""  # the input of a step graph that holds the number of the tick
     states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
+    centres: dict[str, str] = field(default_factory=dict)  # difference -> tensor that observe is to take off
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # function without tails -> its input's range
     trainable: bool = False  # captured for training: weights keep their names, dropout is there
     trained: int | None = None  # T of the closed forms, or of the ticks, that stage I trained with
@@ -110,6 +112,11 @@ class Facts:
     lifted: int | None = None  # T that the lifts of sites were found for
     tuning: list[dict[str, Any]] = field(default_factory=list)  # stage II: every site's error after each stage
     outputs: TreeSpec | None = None  # how a step graph's output leaves make the model's own output
+
+    @property
+    def passed(self) -> list[str]:
+        """The names of all passes that the program has been through, in order."""
+        return [*self.before, *(ran.pass_name for ran in self.history)]
 
     @property
     def added(self) -> set[str]:
@@ -133,7 +140,7 @@ def decline(gm: GraphModule, pass_name: str, rule: str, node: str, reason: str) 
 def copy_program(gm: GraphModule) -> GraphModule:
     """A copy with its own graph and facts that shares every tensor."""
     facts_copy = copy.copy(facts(gm))
-    for name in ("constants", "symbols", "sites", "ranges"):
+    for name in ("constants", "symbols", "sites", "centres", "ranges"):
         setattr(facts_copy, name, dict(getattr(facts_copy, name)))
     facts_copy.ledger = Ledger(list(facts_copy.ledger.entries))
     facts_copy.declined, facts_copy.history = list(facts_copy.declined), list(facts_copy.history)

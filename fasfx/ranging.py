@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from fasfx.calibration import first_and_all
 from fasfx.capture import capture
 from fasfx.config import SpikeConfig
-from fasfx.passes import Normalise, Observe, Rotate, Round, Smooth
+from fasfx.passes import Centre, Normalise, Observe, Rotate, Round, Smooth
 from fasfx.program import facts
 from fasfx.runner import PassHook, Runner
 
@@ -43,7 +43,7 @@ def calibrate(
 def to_ranged(captured: GraphModule, observe: Observe, after: PassHook | None = None) -> GraphModule:
     """A captured program at RANGED, by the passes that lead there."""
     with torch.no_grad():
-        return Runner([Normalise(), Rotate(), observe, Smooth(), Round()], after=after).run(captured)
+        return Runner([Normalise(), Rotate(), Centre(), observe, Smooth(), Round()], after=after).run(captured)
 
 
 def observe_again(gm: GraphModule, batches: Iterable[Any], progress: Progress | None = None) -> GraphModule:

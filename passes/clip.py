@@ -145,7 +145,7 @@ def _threshold(site: Site, config: SpikeConfig, product: bool, summed: bool) -> 
     margin = config.resolved_margin ** (2 if summed else 1)  # a sum over positions grows with their number
     theta = whole * margin
     # Element by element, scales per channel cost nothing; between the layers they would not leave a sum.
-    if config.resolved_granularity == "channel" or (config.granularity is None and site.population > 1):
+    if config.resolved_granularity == "channel" or (config.granularity is None and site.population > config.population):
         # Unseen factors of a product exceed their maxima by the margin each, the product by its square.
         theta = margin ** (2 if product else 1) * floored(seen, product)
     return torch.where(theta > 0, theta, torch.ones_like(theta))  # a value that is always 0 has any threshold

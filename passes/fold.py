@@ -37,6 +37,7 @@ class Fold(Pass):
     def rewrite(self, gm: GraphModule) -> bool:
         """Make every static neuron a unit neuron, move both scales away, and join what stays of them with weights."""
         scaler = Scaler(gm)
+        _store_biases(gm, scaler)
         neurons = [n for n in gm.graph.find_nodes(op="call_function", target=ops.fire.op) if scaler.is_fixed(n.args[1])]
         scales = dict(neuron_to_unit(gm, scaler, n) for n in neurons if may_apply(self.name, "neuron_to_unit", n))
         for reader in dict.fromkeys(reader for unit in scales for reader in _readers(unit)):
@@ -55,6 +56,14 @@ class Fold(Pass):
             if _is_chained(scaler, product) and may_apply(self.name, "factor_to_factor", product):
                 factor_to_factor(gm, scaler, product)
         return bool(neurons)
+
+
+def _store_biases(gm: GraphModule, scaler: Scaler) -> None:
+    """What centre computes from the weights, once: these are about to be scaled."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        bias = arg(node, 2) if len(node.args) > 2 else None
+        if bias is not None and bias.target is aten.linear.default:
+            node.update_arg(2, add_tensor(gm, f"{node.name}_bias", scaler.value_of(bias), node))
 
 
 def neuron_to_unit(gm: GraphModule, scaler: Scaler, node: Node) -> tuple[Node, Tensor]:

@@ -16,7 +16,7 @@ from fasfx.integer import evens_channels
 from fasfx.levels import is_skipped, spiking_operands
 from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
-from fasfx.program import Site, arg, describe, facts, module_path
+from fasfx.program import Site, arg, describe, facts, module_path, set_attribute
 from fasfx.runner import Pass
 from fasfx.synapses import (
     ACTIVATIONS,
@@ -67,6 +67,7 @@ class Observe(Pass):
                 self._on_batch(done)
         watcher.finish()
         lifted = any(site.lift for site in facts(gm).sites.values())
+        facts(gm).centres = {}
         facts(gm).lifted = facts(gm).config.timesteps if lifted else None
         if not done:
             raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
@@ -83,7 +84,8 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
     replaced = replaced_activations(gm)
     for node, position in spiking_operands(gm):
         value = operand(node.args[position])
-        channel, population = channel_dims(node, position), 2 if node.target is aten.mul.Tensor else 1
+        channel = channel_dims(node, position)
+        population = config.population * (2 if node.target is aten.mul.Tensor else 1)
         if value in found:
             found[value].population = max(population, found[value].population)
             kept = set(found[value].channel) & set(channel)
@@ -100,7 +102,8 @@ def find_sites(gm: GraphModule) -> dict[str, Site]:
         )
     if config.coverage == "activation" or config.activation == "replace":
         for value in _sent_activations(gm):
-            found.setdefault(value, _activation_site(value, signed=not (non_negative(value) or value in replaced)))
+            signed = not (non_negative(value) or value in replaced)
+            found.setdefault(value, _activation_site(value, signed, config.population))
     values, per_row = carried_values(gm), _gates_per_row(gm)
     for node, site in found.items():
         token = config.resolved_granularity == "token" and site.fixed is None
@@ -136,9 +139,10 @@ def _sent_activations(gm: GraphModule) -> dict[Node, Node]:
     return found
 
 
-def _activation_site(value: Node, signed: bool) -> Site:
+def _activation_site(value: Node, signed: bool, population: int) -> Site:
     shared = [set(channel_dims(reader, p)) for reader, p in _synaptic_readers(value)]
-    return Site(value.name, module_path(value), tuple(sorted(set.intersection(*shared))) if shared else (), signed)
+    channel = tuple(sorted(set.intersection(*shared))) if shared else ()
+    return Site(value.name, module_path(value), channel, signed, population=population)
 
 
 def _synaptic_readers(value: Node) -> Iterator[tuple[Node, int]]:
@@ -165,7 +169,7 @@ class _Watcher(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self._sites, self.batch = facts(gm).sites, 0
+        self._gm, self._sites, self.batch = gm, facts(gm).sites, 0
         self._ranges = facts(gm).ranges
         self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
         self._moments = evens_channels(gm)
@@ -175,12 +179,21 @@ class _Watcher(Interpreter):
         self._tails = facts(gm).config.threshold == "percentile"
 
     def run_node(self, n: Node) -> Any:
+        if self.batch == 0 and n.name in facts(self._gm).centres:
+            self._find_centre(n)
         value = super().run_node(n)
         if (site := self._sites.get(n.name)) is not None:
             self._record(site, value, n)
         if n in self._open:
             self._widen(n)
         return value
+
+    def _find_centre(self, difference: Node) -> None:
+        """What is taken off a value is the median of each of its channels [D], from the first batch."""
+        value, centre = self.env[arg(difference, 0)], arg(difference, 1)
+        _require_finite(value, difference, self.batch)
+        self.env[centre] = _rows(value, (-1,)).median(-1).values
+        set_attribute(self._gm, str(centre.target), self.env[centre])
 
     def _widen(self, node: Node) -> None:
         """The range of the input of a function without tails."""
@@ -246,11 +259,15 @@ def lift_of(u: Tensor) -> float:
 
 
 def _tail(value: Tensor, channel: tuple[int, ...]) -> Tensor:
-    """The TAIL quantile of |value| per channel; on an even subsample where there are very many values."""
-    kept = [d % value.dim() for d in channel]
-    rest = [d for d in range(value.dim()) if d not in kept]
-    rows = value.abs().permute(*sorted(kept), *rest).reshape(*[value.shape[d] for d in sorted(kept)], -1)
-    stride = max(1, rows.shape[-1] // MAX_SAMPLES)
-    rows = rows[..., ::stride]
+    """The TAIL quantile of |value| per channel."""
+    rows = _rows(value.abs(), channel)
     rank = max(1, round(TAIL * rows.shape[-1]))
     return torch.kthvalue(rows, rank, dim=-1).values
+
+
+def _rows(value: Tensor, channel: tuple[int, ...]) -> Tensor:
+    """The values of every channel [.., n]; an even subsample where there are very many."""
+    kept = [d % value.dim() for d in channel]
+    rest = [d for d in range(value.dim()) if d not in kept]
+    rows = value.permute(*sorted(kept), *rest).reshape(*[value.shape[d] for d in sorted(kept)], -1)
+    return rows[..., :: max(1, rows.shape[-1] // MAX_SAMPLES)]

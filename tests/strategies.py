@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fasfx.capture import capture
 from fasfx.config import MAX_LEVELS, SpikeConfig
 from fasfx.ops import CODES, NEURONS, Code
-from fasfx.passes import Clip, Fold, Lower, Normalise, Observe, Substitute, clip
+from fasfx.passes import Centre, Clip, Fold, Lower, Normalise, Observe, Substitute, clip
 from fasfx.program import facts
 from fasfx.runner import Runner
 
@@ -324,6 +324,7 @@ def configs(**fixed: Any) -> st.SearchStrategy[SpikeConfig]:
         "code": st.sampled_from(tuple(CODES)),
         "timesteps": st.integers(1, 6),
         "levels": st.integers(4, 20),
+        "centre": st.booleans(),
         "granularity": st.sampled_from(("tensor", "channel", "token")),
         "nonlinear": st.just("exact"),  # neuron groups have properties of their own: test_groups.py, test_spiking.py
         "margin": st.just(1.37),  # with 1.2 or 2 the calibrated maximum can sit on a rounding tie
@@ -342,7 +343,7 @@ def stages(made: Net, config: SpikeConfig, exact: bool = False) -> dict[str, Gra
     def keep(_: str, gm: GraphModule) -> None:
         found[facts(gm).level] = gm
 
-    Runner([Normalise(), Observe([made.batch])], after=keep).run(captured)
+    Runner([Normalise(), Centre(), Observe([made.batch])], after=keep).run(captured)
     if exact:
         round_peaks(found["RANGED"])
     # The floor under quiet channels would make thresholds irrational.

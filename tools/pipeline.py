@@ -12,10 +12,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase
 
 from fasfx.errors import ConfigError
 from fasfx.passes import PIPELINE, Observe
+from fasfx.program import facts
 
 GROUP = "fasfx.passes"
 Batch = dict[str, Tensor]
@@ -63,9 +65,14 @@ def parse(pipeline: str) -> tuple[list[str], dict[str, Any]]:
     return names, options
 
 
-def default(level: str) -> list[str]:
-    """The names of fasfx's passes that follow a program of this level."""
-    after = max((number for number, one in enumerate(PIPELINE, 1) if one.gives == level), default=0)
+def default(program: GraphModule) -> list[str]:
+    """The names of fasfx's passes that follow those a program has been through.
+
+    Of one that does not say which (a checkpoint of before), those that follow its level.
+    """
+    known = facts(program).passed
+    done = [one.name in known if known else one.gives == facts(program).level for one in PIPELINE]
+    after = max((number for number, passed in enumerate(done, 1) if passed), default=0)
     return [one.name for one in PIPELINE[after:]]
 
 

@@ -97,7 +97,8 @@ def subject(
     """A model, or a program that `fasfx passes run --dump` wrote, with its passes.
 
     source:  a model, its folder or hub id; or a folder with a program, or the graph text in it.
-    passes:  a pipeline such as "normalise,observe{granularity=token}"; None: fasfx's from the program's level on.
+    passes:  a pipeline such as "normalise,observe{granularity=token}"; None: those of fasfx's that the program
+             has not been through.
     batches: as fasfx.convert's calibration. None: for a model what fasfx.convert takes then, for a program the inputs
              stored beside it, or shipped sentences where a tokenizer is beside it.
     config:  of the run; fields in braces change it. None: the program's own, or SpikeConfig().
@@ -122,7 +123,7 @@ def subject(
         first, checked, _ = first_and_all(found, batches)
         program = capture(found, first, (config or SpikeConfig()).replace(**options))
         held = [bind(program, (), batch) for batch in checked]
-    return Subject(program, held, pipeline.default(facts(program).level) if names is None else names)
+    return Subject(program, held, pipeline.default(program) if names is None else names)
 
 
 def texts_for(source: str, file: Path) -> list[Batch]:

@@ -84,9 +84,15 @@ def test_a_wrong_pipeline_is_refused(spec: str, error: str) -> None:
 
 
 def test_the_default_pipeline_goes_on_where_the_program_is() -> None:
-    assert pipeline.default("CAPTURED") == EVERY.split(",")
-    assert pipeline.default("RANGED") == ["clip", "substitute", "fold", "lower"]
-    assert pipeline.default("LOWERED") == []
+    """At any of the levels that several passes keep, too; by its level alone where it does not say."""
+    program, names = bert().program, EVERY.split(",")
+    assert pipeline.default(program) == names
+    for done in range(1, len(names) + 1):
+        ran = tools.run(bert(), stop_after=done)
+        assert pipeline.default(ran) == names[done:]
+    for level, following in (("CAPTURED", names), ("RANGED", names[6:]), ("LOWERED", [])):
+        facts(program).level = level
+        assert pipeline.default(program) == following
 
 
 # --- run -------------------------------------------------------------------------------------------------
@@ -98,11 +104,13 @@ def test_run_is_what_convert_does() -> None:
     assert text(tools.run(given)) == text(expected.graph_module)
 
 
-def test_a_stored_program_gives_what_the_model_gives(tmp_path: Path) -> None:
-    given = bert(config=SpikeConfig())
+@pytest.mark.parametrize("config", [SpikeConfig(), FLOAT.replace(centre=True)], ids=["default", "centred"])
+def test_a_stored_program_gives_what_the_model_gives(config: SpikeConfig, tmp_path: Path) -> None:
+    given = bert(config=config)
     final = tools.run(given, dump=tmp_path)
-    assert [one.name for one in sorted(tmp_path.iterdir())][:3] == ["0-captured", "1-normalise", "2-rotate"]
-    for number in (0, 1, 4, 6, 7):  # from any level on
+    names = sorted((one.name for one in tmp_path.iterdir()), key=lambda name: int(name.partition("-")[0]))
+    assert names == [f"{number}-{name}" for number, name in enumerate(["captured", *EVERY.split(",")])]
+    for number in (0, 1, 3, 5, 7, 8):  # from any level on
         (folder,) = tmp_path.glob(f"{number}-*")
         again = tools.subject(folder / "graph.txt")
         assert text(again.program) == (folder / "graph.txt").read_text()
@@ -114,7 +122,7 @@ def test_a_stored_program_gives_what_the_model_gives(tmp_path: Path) -> None:
 
 def test_run_shows_what_is_asked_for() -> None:
     shown: list[str] = []
-    program = tools.run(bert(EVERY), shown.append, print_after=["fold"], print_diff=True, stop_after=8)
+    program = tools.run(bert(EVERY), shown.append, print_after=["fold"], print_diff=True, stop_after=9)
     assert facts(program).level == "FOLDED"
     assert [one for one in shown if one.startswith("after fold\n# fasfx graph")] == [f"after fold\n{text(program)}"]
     differences = [one for one in shown if one.startswith("--- before")]
@@ -289,6 +297,6 @@ def test_diff_of_two_configurations_and_two_files(tmp_path: Path) -> None:
     assert (both["bound_a"].dropna() == 4.0**-2).all() and (both["bound_b"].dropna() == 4.0**-6).all()
     assert both.loc["output 0", "difference"] > 0.01
     for number, given in enumerate((one, two)):
-        tools.run(given, dump=tmp_path / str(number), stop_after=4)
-    stored = tools.diff(*(tools.subject(tmp_path / str(number) / "4-smooth") for number in (0, 1)))
+        tools.run(given, dump=tmp_path / str(number), stop_after=5)
+    stored = tools.diff(*(tools.subject(tmp_path / str(number) / "5-smooth") for number in (0, 1)))
     assert stored.equals(tools.diff(*(bert(config=given.program.meta["fasfx"].config) for given in (one, two))))

@@ -92,8 +92,9 @@ def _note(case: Case, judge: Judge, made: Made) -> str:
         cell = judge.cell(made.trained.model)
         reached = cell.form.format(cell.figure)
         stage = f"stage I at T = {case.trained} {reached} ({made.trained.seconds:.0f} s to train){sparse}"
+    settings = "".join(f", {name} {value}" for name, value in case.settings.items())
     return (
-        f"{case.code} code, coverage {case.coverage}; original {judge.task.score} {own} "
+        f"{case.code} code, coverage {case.coverage}{settings}; original {judge.task.score} {own} "
         f"({made.original.seconds:.0f} s to train), {stage}; one seed. "
         f"Energy: share of the original's, 0.9 pJ / 4.6 pJ; the paper says {1 - PAPER:.2%} of the layers that spike."
     )

@@ -1,0 +1,141 @@
+"""Centred values: the same network for any weights, medians of the first batch, declined where it would not pay."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from strategies import Calls, Net, outputs, same
+from test_training import classifier, descend, inputs, text
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fasfx
+from fasfx.capture import capture
+from fasfx.passes import Centre, Normalise, Observe, Rotate
+from fasfx.program import GraphModule, attribute, facts
+from fasfx.ranging import to_ranged
+from fasfx.runner import Runner
+
+aten = torch.ops.aten
+CENTRED = fasfx.SpikeConfig(centre=True, nonlinear="exact", timesteps=1)
+
+
+def centred(gm: GraphModule) -> list[Any]:
+    """The differences that layers read."""
+    return [n for n in gm.graph.find_nodes(op="call_function", target=aten.sub.Tensor) if "centre" in str(n.args[1])]
+
+
+def ranged(call: Callable[..., Any], batches: list[Tensor], config: fasfx.SpikeConfig = CENTRED, **layers: Any) -> Any:
+    """A function of its layers at RANGED."""
+    module, given = Calls(call, **layers).eval(), [{"x": batch} for batch in batches]
+    return to_ranged(capture(module, given[0], config), Observe(given))
+
+
+def test_the_median_of_every_channel_in_the_first_batch_is_taken_off() -> None:
+    first, second = torch.randn(3, 5, 8) + torch.arange(8.0), torch.randn(3, 5, 8) - 100
+    gm = ranged(lambda m, x: m.a(x), [first, second], a=nn.Linear(8, 4))
+    (difference,) = centred(gm)
+    centre = attribute(gm, str(difference.args[1].target))
+    assert torch.equal(centre, first.flatten(0, 1).median(0).values)
+    (site,) = facts(gm).sites.values()
+    assert site.name == difference.name and site.signed
+    seen = torch.cat([first, second]).flatten(0, 1) - centre
+    assert torch.equal(site.peak, seen.abs().amax(0))
+    assert facts(gm).centres == {}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_value_far_from_0_takes_one_spike(bias: bool) -> None:
+    torch.manual_seed(0)
+    module, batch = nn.Sequential(nn.Linear(8, 4, bias)), torch.randn(64, 8) + 100
+    wanted, errors = module(batch).detach(), []
+    for centre in (False, True):
+        snn = fasfx.convert(module, [{"input": batch}], CENTRED.replace(centre=centre, schedule="synchronous"))
+        errors.append(float((snn(input=batch).detach() - wanted).norm() / wanted.norm()))
+    assert errors[1] < 0.1 * errors[0]
+
+
+DECLINED: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "product": (
+        lambda m, x: m.a(x) + torch.matmul(x, x.mT)[..., :1],
+        {"a": nn.Linear(8, 8)},
+        "aten.matmul.default reads it",
+    ),
+    "weight": (lambda m, x: F.linear(m.a, x[0]), {"a": torch.randn(8, 8)}, "aten.linear.default reads it"),
+    "convolution": (lambda m, x: m.a(x), {"a": nn.Conv1d(5, 5, 3)}, "aten.conv1d.default reads it"),
+    "rectifier": (lambda m, x: m.a(F.relu(x)), {"a": nn.Linear(8, 8)}, "it cannot be negative"),
+    "dropout": (
+        lambda m, x: m.a(F.dropout(x, 0.1, m.training)) + m.a(x),
+        {"a": nn.Linear(8, 8)},
+        "its readers see it through different operators",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECLINED)
+def test_what_it_declines_and_why(name: str) -> None:
+    call, layers, reason = DECLINED[name]
+    x = torch.randn(3, 5, 8)
+    module = Calls(call, **layers).train(name == "dropout")
+    captured = capture(module, {"x": x}, CENTRED, training=name == "dropout")
+    gm = Runner([Normalise(), Rotate(), Centre()]).run(captured)
+    assert reason in {d.reason for d in facts(gm).declined if d.rule == "centre_layers"}
+    assert not centred(gm)
+
+
+def test_skipped_modules_and_other_configurations_are_left_alone() -> None:
+    module, batch = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {"input": torch.randn(4, 8)}
+    assert len(centred(fasfx.convert(module, [batch], CENTRED).ranged)) == 2
+    assert len(centred(fasfx.convert(module, [batch], CENTRED.replace(skip=("^0$",))).ranged)) == 1
+    assert not centred(fasfx.convert(module, [batch], CENTRED.replace(centre=False)).ranged)
+
+
+def test_it_stays_exact_while_weights_train_and_spikes_follow() -> None:
+    """At RANGED, with what training made of the weights, the network is the original's with these weights."""
+    model, batches = classifier(), [text(seed) for seed in range(4)]
+    qann = fasfx.prepare(model, batches, CENTRED.replace(timesteps=2, schedule="synchronous"))
+    names = {name for name, _ in qann.named_parameters() if "theta" not in name}
+    assert names == {name for name, _ in model.named_parameters()}
+    descend(qann, batches, torch.optim.AdamW(qann.parameter_groups(1e-3, 1e-2)))
+    snn = fasfx.convert(qann)
+    assert centred(snn.ranged)
+    trained = classifier()
+    trained.load_state_dict({name: value for name, value in qann.state_dict().items() if name in names}, strict=False)
+    given, far = inputs(batches[0]), classifier()(**inputs(batches[0])).logits
+    wanted = trained.eval()(**given).logits
+    assert torch.allclose(snn.ranged(*given.values()).logits, wanted, atol=1e-5)
+    assert not torch.allclose(far, wanted, atol=1e-5)
+    snn.timesteps = 10
+    assert torch.allclose(snn(**given).logits, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "synchronous"])
+def test_checkpoints_and_exports_keep_it(schedule: Any, tmp_path: Path) -> None:
+    model, batch = classifier().eval(), inputs(text(0))
+    snn = fasfx.convert(model, [batch], CENTRED.replace(timesteps=3, schedule=schedule))
+    snn.save_pretrained(tmp_path / "saved")
+    again = fasfx.SpikingModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(**batch).logits, snn(**batch).logits)
+    snn.to_onnx(tmp_path / "onnx")
+    there = fasfx.runtime.OnnxModel(tmp_path / "onnx")(**batch).logits
+    assert torch.allclose(there, snn(**batch).logits, atol=1e-4)
+
+
+def test_what_layers_add_is_stored_when_weights_are_scaled() -> None:
+    net = Net("layers", Calls(lambda m, x: m.a(x), a=nn.Linear(8, 4)), {"x": torch.randn(5, 8) + 3}).double()
+    snn = fasfx.convert(net.module, [net.batch], CENTRED.replace(timesteps=12))
+    lowered = snn.graph_module.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert [node.args[2].op for node in lowered] == ["get_attr"]
+    assert same(outputs(net.module, net.batch), outputs(snn, net.batch), 1e-4)
+
+
+def test_ranges_observed_again_leave_the_centres_that_were_trained() -> None:
+    model, batches = classifier(), [text(seed) for seed in range(4)]
+    qann = fasfx.prepare(model, batches[:1], CENTRED)
+    before = {name: value.clone() for name, value in qann.named_buffers() if name.startswith("centre")}
+    again = fasfx.convert(qann, batches[1:]).ranged
+    after = {name: value for name, value in again.named_buffers() if name.startswith("centre")}
+    assert before and before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].any() for name in before)
