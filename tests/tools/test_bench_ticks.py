@@ -46,3 +46,25 @@ def test_cost_has_a_line_for_torch_and_the_state(tiny_case: None) -> None:
     (table,) = ticks.cost_of_a_tick(quick=True)
     assert [line.label for line in table.lines] == ["torch eager, one tick", "state, MB"]
     assert all(figure > 0 for line in table.lines for figure in line.figures)
+
+
+def test_few_ticks_are_measured_for_every_setting(tiny_case: None) -> None:
+    errors, spikes = ticks.few(quick=True)
+    assert [line.label for line in errors.lines] == [line.label for line in spikes.lines] == [*ticks.SETTINGS]
+    one, _, two, both = (line.figures for line in errors.lines)
+    assert all(b < 0.5 * a for a, b in zip(one, two, strict=True)) and two != both
+    assert spikes.lines[0].figures[0] < spikes.lines[2].figures[0] <= 2 * spikes.lines[0].figures[0]
+
+
+def test_perplexity_is_over_the_originals_and_held(tiny_case: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = models.tiny("llama"), models.tiny_inputs("llama")
+    monkeypatch.setattr(cases, "smollm2", lambda: (model, None))
+    monkeypatch.setattr(ticks, "PERPLEXITY", {"smollm2": {1: 9.0, 12: 1.001}})
+    monkeypatch.setattr(ticks.data, "split", lambda kind: ("own", "unseen"))
+    monkeypatch.setattr(ticks, "windows_of", lambda tokenizer, texts: [batch])
+    (table,) = ticks.perplexity(quick=False)
+    assert [line.met for line in table.lines] == [True, *[None] * 10, True]
+    assert table.lines[-1].figures == pytest.approx((1.0, 1.0), abs=1e-3)
+    *_, ratios = ticks.few(quick=False)
+    assert [line.met is None for line in ratios.lines] == [True, True, True, False]
+    assert abs(ratios.lines[-1].figures[-1] - 1) < abs(ratios.lines[0].figures[-1] - 1)

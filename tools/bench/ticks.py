@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,14 @@ RATE = (32, 64, 128, 256)
 RATE_LIMIT = 0.12  # after the last of them
 WINDOWS = 2_044  # tokens predicted, in windows of 512
 PERPLEXITY = {"smollm2": {4: 1.06, 5: 1.02, 6: 1.006, 8: 1.002}, "qwen": {4: 1.03}}
+BOTH = "two neurons, centred"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "one neuron for a value": {},
+    "one neuron, centred": {"centre": True},
+    "two neurons": {"population": 2},
+    BOTH: {"population": 2, "centre": True},
+}
+HELD = 1.06  # the perplexity of the last after any tick, over the original's
 TOP1, EAGER, ONNX, EXPORT = 0.98, 1.5, 1.3, 40.0
 
 
@@ -96,28 +105,11 @@ def perplexity(quick: bool) -> Iterator[Table]:
         yield _perplexity(name, getattr(cases, name))
 
 
-@torch.no_grad()
 def _perplexity(name: str, load: Callable[[], Any]) -> Table:
-    model, tokenizer = load()
-    own, unseen = data.split("tales")
     limits = PERPLEXITY[name]
-    windows = windows_of(tokenizer, unseen)[: WINDOWS // 511]
-    config = fasfx.SpikeConfig.low_latency(max(limits), nonlinear="exact")
-    snn = fasfx.convert(model, windows_of(tokenizer, own), config)
-    loss, base, equal, count = [0.0] * snn.timesteps, 0.0, [0] * snn.timesteps, 0
-    for window in windows:
-        target = window["input_ids"][:, 1:].flatten()
-        original = main_output(model(**window))[:, :-1].float().flatten(0, 1)
-        base += float(functional.cross_entropy(original, target, reduction="sum"))
-        count += target.numel()
-        for tick, output in enumerate(snn.ticks(**window)):
-            logits = main_output(output)[:, :-1].float().flatten(0, 1)
-            loss[tick] += float(functional.cross_entropy(logits, target, reduction="sum"))
-            equal[tick] += int((logits.argmax(-1) == original.argmax(-1)).sum())
+    ratios, equal, count = _ratios(load, max(limits))
     lines = []
-    for tick in range(1, snn.timesteps + 1):
-        ratio = float(torch.tensor((loss[tick - 1] - base) / count).exp())
-        same = equal[tick - 1] / count
+    for tick, (ratio, same) in enumerate(zip(ratios, equal, strict=True), 1):
         line = plain(f"tick {tick}", [ratio, same], "{:.4f}")
         if tick in limits:
             held = at_most(f"tick {tick}", [ratio], limits[tick], "{:.4f}")
@@ -127,6 +119,50 @@ def _perplexity(name: str, load: Callable[[], Any]) -> Table:
     return Table(
         f"{name}, synchronous, functions in float", ("", "perplexity / original's", "equal top-1"), lines, note
     )
+
+
+@torch.no_grad()
+def _ratios(load: Callable[[], Any], ticks: int, **settings: Any) -> tuple[list[float], list[float], int]:
+    """A language model's perplexity over the original's, and its share of equal top-1 tokens, by tick; the tokens."""
+    model, tokenizer = load()
+    own, unseen = data.split("tales")
+    windows = windows_of(tokenizer, unseen)[: WINDOWS // 511]
+    config = fasfx.SpikeConfig.low_latency(ticks, nonlinear="exact", **settings)
+    snn = fasfx.convert(model, windows_of(tokenizer, own), config)
+    loss, base, equal, count = [0.0] * ticks, 0.0, [0] * ticks, 0
+    for window in windows:
+        target = window["input_ids"][:, 1:].flatten()
+        original = main_output(model(**window))[:, :-1].float().flatten(0, 1)
+        base += float(functional.cross_entropy(original, target, reduction="sum"))
+        count += target.numel()
+        for tick, output in enumerate(snn.ticks(**window)):
+            logits = main_output(output)[:, :-1].float().flatten(0, 1)
+            loss[tick] += float(functional.cross_entropy(logits, target, reduction="sum"))
+            equal[tick] += int((logits.argmax(-1) == original.argmax(-1)).sum())
+    return [math.exp((one - base) / count) for one in loss], [same / count for same in equal], count
+
+
+def few(quick: bool) -> Iterator[Table]:
+    """Few ticks: what centred values and a second neuron for every value are worth, in error and in spikes."""
+    errors, spikes, ticks = [], [], (1, 2, 3)
+    for name, settings in SETTINGS.items():
+        snn = _synchronous("tales", "multi", ticks[-1], quick, nonlinear="exact", **settings)
+        batches = cases.evaluation("news", *((1, 4, 64) if quick else (2, 8, 128)))
+        found = _errors(snn, batches)
+        errors.append(plain(name, found, PERCENT))
+        spikes.append(plain(name, spikes_so_far(snn, batches[0]), "{:.2f}"))
+    header, note = ("", *(f"tick {tick}" for tick in ticks)), "Calibrated on tales, measured on news."
+    yield Table("MiniLM-L6, few ticks, functions in float", header, errors, f"{ERROR.capitalize()}. {note}")
+    yield Table("MiniLM-L6, few ticks: spikes per value so far", header, spikes, note)
+    for name in () if quick else PERPLEXITY:
+        load = getattr(cases, name)
+        ratios = {label: _ratios(load, ticks[-1], **settings)[0] for label, settings in SETTINGS.items()}
+        lines = [
+            at_most(label, found, HELD, "{:.4f}") if label == BOTH else plain(label, found, "{:.4f}")
+            for label, found in ratios.items()
+        ]
+        title = f"{name}, few ticks: perplexity over the original's, functions in float"
+        yield Table(title, header, lines, "Unseen tales in windows of 512.")
 
 
 def cost_of_a_tick(quick: bool) -> Iterator[Table]:
@@ -165,5 +201,6 @@ PARTS: dict[str, Callable[[bool], Iterator[Table]]] = {
     "multi": multi,
     "rate": rate,
     "perplexity": perplexity,
+    "few": few,
     "cost": cost_of_a_tick,
 }
