@@ -48,6 +48,8 @@ Timesteps = Annotated[int | None, typer.Option(help="T, spikes a neuron may send
 Preset = Annotated[str | None, typer.Option(help=f"Recipe: {', '.join(PRESETS)}.")]
 Code = Annotated[str | None, typer.Option(help="Spike code: multi, radix, rate.")]
 Schedule = Annotated[str | None, typer.Option(help="sequential, or synchronous: all layers tick together.")]
+Population = Annotated[int | None, typer.Option(help="Neurons for every value: more spikes in a tick, fewer ticks.")]
+Centred = Annotated[bool, typer.Option("--centre", help="Send layers how far a value is from its median.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail unless every multiply-accumulate is spike-driven.")]
 Steps = Annotated[str, typer.Option(help="Values of T, separated by commas.")]
 Plot = Annotated[Path | None, typer.Option(help="Also draw error against T to this file.")]
@@ -99,6 +101,8 @@ def convert(
     preset: Preset = None,
     code: Code = None,
     schedule: Schedule = None,
+    population: Population = None,
+    centre: Centred = False,
     strict: Strict = False,
 ) -> None:
     """Convert MODEL to a spiking network and save it, with its tokenizer, in a folder."""
@@ -108,7 +112,8 @@ def convert(
         from fasfx.folders import check_target, save
         from fasfx.text_files import read_texts
 
-        config = _config(preset, {"timesteps": timesteps, "code": code, "schedule": schedule, "strict": strict or None})
+        options = {"timesteps": timesteps, "code": code, "schedule": schedule, "population": population}
+        config = _config(preset, options | {"centre": centre or None, "strict": strict or None})
         texts = read_texts(calibration) if calibration else None
         check_target(out)
         original, tokenizer = load(model), tokenizer_beside(model)
@@ -140,6 +145,8 @@ def finetune(
     preset: Preset = None,
     code: Code = None,
     schedule: Schedule = None,
+    population: Population = None,
+    centre: Centred = False,
 ) -> None:
     """Stage I of FAS: train MODEL with the values that spikes will carry, then convert it.
 
@@ -154,7 +161,8 @@ def finetune(
 
         if task not in TASKS:
             raise ConfigError(f"--task {task!r}: choose one of {', '.join(TASKS)}")
-        config = _config(preset, {"timesteps": timesteps, "code": code, "schedule": schedule})
+        options = {"timesteps": timesteps, "code": code, "schedule": schedule, "population": population}
+        config = _config(preset, options | {"centre": centre or None})
         check_target(out)
         tokenizer = tokenizer_beside(model)
         if tokenizer is None:

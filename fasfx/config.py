@@ -81,9 +81,15 @@ class SpikeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         for name, low, high in (("timesteps", 1, None), ("population", 1, None), ("levels", 1, MAX_LEVELS)):
             _check_integer(name, getattr(self, name), low, high)
-        if self.code == "radix" and self.timesteps > MAX_RADIX_STEPS:
+        if self.code == "radix" and (steps := self.population * self.timesteps) > MAX_RADIX_STEPS:
             raise ConfigError(
-                f"timesteps={self.timesteps}: a radix count of more than {MAX_RADIX_STEPS} steps is not exact"
+                f"timesteps={self.timesteps}, population={self.population}: a radix count of {steps} steps is not "
+                f"exact: of at most {MAX_RADIX_STEPS} it is"
+            )
+        if self.centre and (self.coverage, self.activation) != ("matmul", "keep"):
+            raise ConfigError(
+                'centre=True is about what layers read: it needs coverage="matmul" and activation="keep", '
+                f"not coverage={self.coverage!r} and activation={self.activation!r}"
             )
         if self.group_size is not None:
             _check_integer("group_size", self.group_size, 2, 4096)

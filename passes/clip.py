@@ -69,7 +69,7 @@ class Clip(Pass):
             if value in replaced:
                 replaced[value].replace_all_uses_with(arg(replaced[value], 0))
             bound = Bound(
-                wider * code.bound.subs(ops.codes.T, site.population * ops.codes.T),
+                wider * code.bound.subs(ops.codes.T, neuron[1] // config.timesteps * ops.codes.T),
                 "constant input, |x| <= theta" + ("" if top else " (theta: largest |x| of the row)"),
             )
             value_at = wider * code.error_bound(top, neuron[1], config.levels) if top else None

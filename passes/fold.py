@@ -61,8 +61,7 @@ class Fold(Pass):
 def _store_biases(gm: GraphModule, scaler: Scaler) -> None:
     """What centre computes from the weights, once: these are about to be scaled."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        bias = arg(node, 2) if len(node.args) > 2 else None
-        if bias is not None and bias.target is aten.linear.default:
+        if len(node.args) > 2 and scaler.is_fixed(bias := arg(node, 2)) and bias.op != "get_attr":
             node.update_arg(2, add_tensor(gm, f"{node.name}_bias", scaler.value_of(bias), node))
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fasfx
 from fasfx.capture import capture
+from fasfx.errors import ConfigError
 from fasfx.passes import Centre, Normalise, Observe, Rotate
 from fasfx.program import GraphModule, attribute, facts
 from fasfx.ranging import to_ranged
@@ -139,3 +140,35 @@ def test_ranges_observed_again_leave_the_centres_that_were_trained() -> None:
     after = {name: value for name, value in again.named_buffers() if name.startswith("centre")}
     assert before and before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) and before[name].any() for name in before)
+
+
+@pytest.mark.parametrize("fields", [{"coverage": "activation"}, {"activation": "replace"}], ids=str)
+def test_networks_whose_activations_are_sent_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="centre=True is about what layers read"):
+        fasfx.SpikeConfig(centre=True, **fields)
+
+
+def test_a_bias_that_depends_on_the_input_is_left_alone() -> None:
+    module, batch = (
+        Calls(lambda m, x: F.linear(x, m.w, m.a(x[0])), w=torch.randn(8, 8), a=nn.Linear(8, 8)),
+        torch.randn(3, 8),
+    )
+    snn = fasfx.convert(module, [{"x": batch}], CENTRED.replace(timesteps=12))
+    assert torch.allclose(snn(x=batch), module(x=batch), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_centres_have_the_dtype_of_the_network(dtype: torch.dtype) -> None:
+    gm = ranged(lambda m, x: m.a(x), [torch.randn(3, 8).to(dtype)], a=nn.Linear(8, 4).to(dtype))
+    (difference,) = centred(gm)
+    assert attribute(gm, str(difference.args[1].target)).dtype == dtype
+
+
+def test_stage_two_tunes_a_centred_network() -> None:
+    """It goes on from the centred network: thresholds and potentials change, centres do not, the error falls."""
+    batches = [inputs(text(seed)) for seed in range(6)]
+    snn = fasfx.convert(classifier(), batches, CENTRED.replace(timesteps=2, schedule="synchronous"))
+    tuned = fasfx.tune(snn, batches)
+    assert [n.args[1].target for n in centred(tuned.ranged)] == [n.args[1].target for n in centred(snn.ranged)]
+    errors = tuned.tuning
+    assert errors is not None and errors["neuron"].mean() < errors["before"].mean()

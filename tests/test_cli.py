@@ -182,6 +182,15 @@ def test_low_latency_is_saved_and_exported_in_both_forms(place: Path, tmp_path: 
     assert_refused(run("export", tmp_path / "out", "--onnx", tmp_path / "x", "--form", "closed"), "loop or step")
 
 
+def test_two_neurons_for_a_value_and_centred_layers_by_options(place: Path, tmp_path: Path) -> None:
+    given = ("--calibration", place / "texts.txt", "--preset", "low_latency", "--population", "2", "--centre")
+    assert run("convert", place / "model", "-o", tmp_path / "out", *given).exit_code == 0
+    assert fasfx.SpikingModel.from_pretrained(tmp_path / "out").spike_config == fasfx.SpikeConfig.low_latency(
+        population=2, centre=True
+    )
+    assert_refused(run("convert", place / "model", "-o", tmp_path / "x", "--population", "0"), "population=0")
+
+
 def test_check_without_data_says_what_it_measures_on(place: Path, converted: Path) -> None:
     result = run("check", place / "model", converted, "--timesteps", "2")
     assert result.exit_code == 0, result.output

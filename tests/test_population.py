@@ -74,3 +74,18 @@ def test_exports_have_them(tmp_path: Path) -> None:
 def test_less_than_one_is_refused(population: Any) -> None:
     with pytest.raises(ConfigError, match="population=.*must be a whole number"):
         fasfx.SpikeConfig(population=population)
+
+
+def test_radix_digits_of_all_neurons_stay_exact() -> None:
+    with pytest.raises(ConfigError, match="population=2: a radix count of 26 steps is not exact"):
+        fasfx.SpikeConfig(code="radix", timesteps=13, population=2)
+
+
+def test_the_bound_of_a_product_is_that_of_the_steps_it_has() -> None:
+    """Two radix neurons of 13 steps would not be exact: factors keep one, and their bound is of 13 steps."""
+    config = fasfx.SpikeConfig(code="radix", timesteps=13, margin=1.0)
+    snn = fasfx.convert(classifier(), [BATCH], config)
+    for entry in snn.ledger.entries:
+        if entry.rule == "radix_neuron" and entry.value is not None:
+            theta = float(thresholds(snn.ranged)[entry.node].max())
+            assert entry.promise.at(theta=theta, T=13, levels=20) == pytest.approx(entry.value)
