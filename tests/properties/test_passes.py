@@ -62,8 +62,7 @@ def test_every_pass_keeps_its_promise(name: str) -> None:
     made = net(name)
     for config in (
         SpikeConfig(nonlinear="exact", code="radix", timesteps=6, margin=1.37),
-        SpikeConfig(granularity="token", margin=1.37),
-        SpikeConfig(nonlinear="exact", centre=True, population=2, margin=1.37),
+        SpikeConfig(granularity="token", margin=1.37, centre=True),
     ):
         program = capture(made.module, made.batch, config)
         assert same(outputs(made.module, made.batch), outputs(program, made.batch), FLOAT_ACCURACY)
