@@ -1,8 +1,7 @@
 """NORMAL -> NORMAL: layers are sent how far a value is from where it usually is, and their biases hold the rest.
 
 x @ W' + b  ->  (x - c) @ W' + (c @ W' + b), with c_d the median of channel d in calibration (observe finds it).
-Only with centre=True. A neuron's error is a share of what it is sent, and its first spike of a synchronous network
-says something about deviations only.
+Only with centre=True. A neuron errs by a share of what it is sent, and what is usual need not be sent.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ aten = torch.ops.aten
 class Centre(Pass):
     """Take the usual value off everything that only linear layers read.
 
-    Exact up to float rounding, whatever c is and however the weights change.   Source: expectation compensation, ECMT,
-    arXiv 2502.21193.
+    Exact up to float rounding, whatever c is and however the weights change.   Source: channel-wise shifting, Outlier
+    Suppression+, Wei et al., EMNLP 2023, by the middle of the range; the median here, padding counted as it comes.
     Rules: centre_layers. It declines, with the reason, for values that products or convolutions read (padding is not
     centred), and for those that cannot be negative: they rest at 0, where silence costs nothing.
     """
