@@ -11,6 +11,7 @@ from fasfx.tools.bench.tasks import TASKS
 from fasfx.tools.bench.trained import HERE, Kept, calibration, original, stage_one
 
 TUNING = 20  # batches of stage II
+BRIEF = 5  # of them where T goes up to 32, and so does what a batch takes
 QUICKER = 5  # a quick run trains for a fifth of the epochs
 SYNCHRONOUS: dict[str, Any] = {"schedule": "synchronous", "nonlinear": "exact"}
 FEW, MANY = (1, 2, 3, 4, 8), (1, 2, 4, 8, 16, 32)
@@ -72,27 +73,28 @@ MULTI = ("multi", "matmul", 1, FEW, (Target(TUNED, 1, loss=0.003),))
 # Of 20 levels a value is silent below 2^-20 of the threshold: almost none is. Of 8, half of them are.
 SPARSE = ("multi", "matmul", 1, (1, 2), (Target(TUNED, 1, loss=0.005), Target(SPIKES, 1, most=0.5)))
 FEWER = {"levels": 8}
+CENTRED = {"centre": True}
 ACTIVATION = ("rate", "activation", 8, MANY, (Target(TUNED, 8, loss=0.003),))
 RATE = ("rate", "matmul", 8, MANY, (Target(TUNED, 16, loss=0.02), Target(SEQUENTIAL, 8, loss=0.01)))
 SPEECH = (Target(TUNED, 3, loss=0.015), Target(TUNED, 2, loss=0.06))
 SPOKEN = ("multi", "matmul", 1, (1, 2, 3, 4), SPEECH)
 # Two neurons for every value halve the ticks that as many spikes take; layers' biases hold what is usual.
-PAIRS = {"population": 2, "centre": True}
+PAIRS = {"population": 2, **CENTRED}
 BUDGET = 0.75  # epochs of stage I on language: 331 steps of 256 tokens
 TUNING_OF_LANGUAGE = 10
 # Thresholds per channel take up what one per site spends many levels on: few are left, and so are few spikes.
 FEW_SPOKEN = ("multi", "matmul", 5, (5,), (Target(TUNED, 5, loss=0.005),))
-NARROW = {"levels": 8, "granularity": "channel", "margin": 2.0, "centre": True}
+NARROW = {"levels": 8, "granularity": "channel", "margin": 2.0, **CENTRED}
 SPARSE_LANGUAGE = Case("language", *FEW_SPOKEN, epochs=0.5, lr=5e-5, tuning=TUNING_OF_LANGUAGE, settings=NARROW)
 LANGUAGE = Case("language", *SPOKEN, epochs=BUDGET, lr=5e-5, tuning=TUNING_OF_LANGUAGE, settings=PAIRS)
-SINGLE = replace(LANGUAGE, trained=2, epochs=1.5, lr=1e-4, through_time=True, settings={"centre": True})
+SINGLE = replace(LANGUAGE, trained=2, epochs=1.5, lr=1e-4, through_time=True, settings=CENTRED)
 CASES = {
     "valence": Case("valence", *MULTI),
-    "valence_activation": Case("valence", *ACTIVATION),
-    "valence_rate": Case("valence", *RATE),
+    "valence_activation": Case("valence", *ACTIVATION, tuning=BRIEF),
+    "valence_rate": Case("valence", *RATE, tuning=BRIEF, settings=CENTRED),
     "r8": Case("r8", *MULTI),
-    "r8_activation": Case("r8", *ACTIVATION),
-    "r8_rate": Case("r8", *RATE),
+    "r8_activation": Case("r8", *ACTIVATION, tuning=BRIEF),
+    "r8_rate": Case("r8", *RATE, tuning=BRIEF, settings=CENTRED),
     "digits": Case("digits", *MULTI, epochs=10, lr=3e-4),
     "digits_activation": Case("digits", *ACTIVATION, epochs=10, lr=3e-4),
     "language": LANGUAGE,
