@@ -30,7 +30,7 @@ FORMAT = 2  # 1 had no learned thresholds
 SETTINGS, GRAPH, WEIGHTS = "spike_config.json", "graph.txt", "model.safetensors"
 _RANGES = "fasfx.sites"
 _PLAIN = ("name", "module", "channel", "signed", "fixed", "population", "dynamic", "lift")
-_OF_SITES = ("peak", "tail", "theta", "tuned", "initial")  # tensors that a site holds
+_OF_SITES = ("peak", "tail", "moment", "theta", "tuned", "initial")  # tensors that a site holds
 
 
 def save(model: SpikingModel, folder: Path) -> None:

@@ -19,6 +19,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "threshold": ("max", "percentile"),
     "granularity": (None, "tensor", "channel", "token"),
     "weights": ("float", "int8"),
+    "centre": (False, True),
 }
 MAX_RADIX_STEPS = 24  # a count must be exact in float32
 MAX_LEVELS = 24
@@ -41,13 +42,13 @@ class SpikeConfig:
     nonlinear:   "spiking": functions are neuron groups, norms, gates and quotients products of spikes.
                  "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
-    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, timesteps / 6 (at least 1) for radix,
+    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, steps / 6 (at least 1) for radix,
                  whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else; with int8 weights one per tensor for what only
                  linear layers read, one per row for gated values.
     centre:      whether linear layers are sent how far each channel is from its median in the first calibration batch;
-                 their biases hold the rest. For a synchronous network of few ticks.
+                 their biases hold the rest. For float weights, few ticks, and the rate code.
     group_size:  neurons of every group, more where T steps of the code need narrower ones; None: for each function
                  the fewest (a power of two) that are exact enough at this T.
     skip:        regular expressions (re.search) on module paths whose operators stay as they are.
@@ -81,16 +82,15 @@ class SpikeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(map(repr, choices))}")
         for name, low, high in (("timesteps", 1, None), ("population", 1, None), ("levels", 1, MAX_LEVELS)):
             _check_integer(name, getattr(self, name), low, high)
-        if self.code == "radix" and (steps := self.population * self.timesteps) > MAX_RADIX_STEPS:
+        if self.code == "radix" and self.steps > MAX_RADIX_STEPS:
             raise ConfigError(
-                f"timesteps={self.timesteps}, population={self.population}: a radix count of {steps} steps is not "
+                f"timesteps={self.timesteps}, population={self.population}: a radix count of {self.steps} steps is not "
                 f"exact: of at most {MAX_RADIX_STEPS} it is"
             )
-        if self.centre and (self.coverage, self.activation) != ("matmul", "keep"):
-            raise ConfigError(
-                'centre=True is about what layers read: it needs coverage="matmul" and activation="keep", '
-                f"not coverage={self.coverage!r} and activation={self.activation!r}"
-            )
+        needed = {"coverage": "matmul", "activation": "keep", "weights": "float"}
+        for name, value in needed.items() if self.centre else ():
+            if getattr(self, name) != value:
+                raise ConfigError(f"centre=True goes with {name}={value!r} only, not {getattr(self, name)!r}")
         if self.group_size is not None:
             _check_integer("group_size", self.group_size, 2, 4096)
         if self.schedule == "synchronous" and CODES[self.code].ticking is None:
@@ -102,13 +102,18 @@ class SpikeConfig:
             _check_pattern(pattern)
 
     @property
+    def steps(self) -> int:
+        """Spikes that the neurons of a value may send together."""
+        return self.population * self.timesteps
+
+    @property
     def resolved_margin(self) -> float:
         """Headroom over the calibrated maximum; 1 for dynamic thresholds, which no value exceeds."""
         if self.margin is not None:
             return self.margin
         if self.resolved_granularity == "token":
             return 1.0
-        return {"multi": 4.0, "rate": 2.0, "radix": max(1.0, self.timesteps / 6)}[self.code]
+        return {"multi": 4.0, "rate": 2.0, "radix": max(1.0, self.steps / 6)}[self.code]
 
     @property
     def resolved_granularity(self) -> str:
@@ -141,11 +146,10 @@ class SpikeConfig:
     def neuron(self, population: int = 1) -> tuple[str, int, int]:
         """(code, steps, levels), the arguments every neuron operator takes, for so many neurons per value.
 
-        Together they send up to population * T spikes; a radix count of so many digits must be exact in float32.
+        Together they send up to population * T spikes; of radix neurons so many as keep the count exact in float32.
         """
-        steps = population * self.timesteps
-        fits = self.code != "radix" or steps <= MAX_RADIX_STEPS
-        return self.code, steps if fits else self.timesteps, self.levels
+        most = MAX_RADIX_STEPS // self.timesteps if self.code == "radix" else population
+        return self.code, min(population, most) * self.timesteps, self.levels
 
     def replace(self, **changes: Any) -> SpikeConfig:
         """A copy with some fields changed; unknown names raise ConfigError."""

@@ -192,7 +192,7 @@ def spikes_so_far(snn: SpikingModel, batch: Batch) -> list[float]:
 
 
 def _row(config: SpikeConfig, steps: int, difference: Difference, spikes: float) -> Row:
-    bound = ops.CODES[config.code].error_bound(1.0, steps, config.levels)
+    bound = ops.CODES[config.code].error_bound(1.0, config.population * steps, config.levels)
     figures = {"relative_l2": difference.relative_l2, "cosine": difference.cosine, "max": difference.largest}
     return {"timesteps": steps, **figures, "bound": bound, "spikes": spikes}
 

@@ -105,6 +105,10 @@ class Scaler:
         if target in VIEWS:
             before = before_move(node, scale)
             return before is not None and self.absorb(first, before)
+        if target is aten.sub.Tensor and self.is_fixed(node.args[1]) and _alike(first, node):
+            if taken := self.absorb(first, scale):
+                self.scale_weight(node, 1, scale)
+            return taken
         if target is aten.mul.Tensor:
             return self._absorb_into_factor(node, scale)
         if target is ops.group.op:
@@ -164,6 +168,12 @@ class Scaler:
             rows = scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() and weight.dim() > 1 else scale
             self.scale_weight(node, position, rows)
         return True
+
+
+def _alike(one: Node, other: Node) -> bool:
+    """Whether two values have the same shape, so that nothing was broadcast between them."""
+    a, b = fake(one), fake(other)
+    return a is not None and b is not None and a.shape == b.shape
 
 
 def _per_output_channel(scale: Tensor, spatial: int) -> bool:

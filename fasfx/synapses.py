@@ -152,7 +152,9 @@ def _is_per_row(node: Node) -> bool:
 
 
 def is_gated(node: Node, values: set[Node]) -> bool:
-    """Whether a value is the product of two values, as behind a gate, its channels perhaps mixed."""
+    """Whether a value is the product of two values, as behind a gate, its channels perhaps centred or mixed."""
+    if node.target is aten.sub.Tensor and node.args[1] not in values:
+        node = node.args[0]  # type: ignore[assignment]
     if node.target is ops.hadamard.op:
         node = node.args[0]  # type: ignore[assignment]
     return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)

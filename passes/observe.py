@@ -37,7 +37,7 @@ MAX_SAMPLES = 2**20  # per batch and channel row, of a site whose values are sor
 
 
 class Observe(Pass):
-    """Finds the sites, runs the batches, keeps peaks and tails. Nothing in the graph changes.
+    """Finds the sites, runs the batches, keeps peaks and tails, and the medians that centre takes off. The graph stays.
 
     batches: model inputs by name; streamed, one in memory at a time.
     on_batch: called after each batch with the number done (progress).
@@ -123,7 +123,7 @@ def _lifted_top(gm: GraphModule) -> int:
     config = facts(gm).config
     if config.weights != "int8" or config.code != "radix" or facts(gm).trainable:
         return 0
-    return CODES[config.code].capacity(config.timesteps, config.levels)
+    return CODES[config.code].capacity(config.steps, config.levels)
 
 
 def replaced_activations(gm: GraphModule) -> dict[Node, Node]:
@@ -189,10 +189,13 @@ class _Watcher(Interpreter):
         return value
 
     def _find_centre(self, difference: Node) -> None:
-        """What is taken off a value is the median of each of its channels [D], from the first batch."""
+        """What is taken off a value: the median of each of its channels [D] in the first batch, 0 for a single row."""
         value, centre = self.env[arg(difference, 0)], arg(difference, 1)
         _require_finite(value, difference, self.batch)
-        self.env[centre] = _rows(value, (-1,)).median(-1).values
+        rows = _rows(value, (-1,))
+        if rows.shape[-1] == 1:  # which says nothing about how far others are from it
+            return
+        self.env[centre] = rows.median(-1).values
         set_attribute(self._gm, str(centre.target), self.env[centre])
 
     def _widen(self, node: Node) -> None:

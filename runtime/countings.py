@@ -40,11 +40,11 @@ class Counting:
 
 
 def bits_of(config: SpikeConfig) -> int:
-    """Bits, to the nearest whole number, of the uniform quantiser that errs as much as one neuron.
+    """Bits, to the nearest whole number, of the uniform quantiser that errs as much as the neurons of a value.
 
     One of b bits has 2^b - 1 values on [-theta, theta], so it errs by at most theta / (2^b - 2).
     """
-    bound = CODES[config.code].error_bound(1.0, config.timesteps, config.levels)
+    bound = CODES[config.code].error_bound(1.0, config.steps, config.levels)
     return round(math.log2(1 / bound + 2))
 
 

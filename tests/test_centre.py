@@ -15,6 +15,7 @@ import fasfx
 from fasfx.capture import capture
 from fasfx.errors import ConfigError
 from fasfx.passes import Centre, Normalise, Observe, Rotate
+from fasfx.passes.clip import thresholds
 from fasfx.program import GraphModule, attribute, facts
 from fasfx.ranging import to_ranged
 from fasfx.runner import Runner
@@ -142,10 +143,50 @@ def test_ranges_observed_again_leave_the_centres_that_were_trained() -> None:
     assert all(torch.equal(before[name], after[name]) and before[name].any() for name in before)
 
 
-@pytest.mark.parametrize("fields", [{"coverage": "activation"}, {"activation": "replace"}], ids=str)
-def test_networks_whose_activations_are_sent_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="centre=True is about what layers read"):
+@pytest.mark.parametrize(
+    "fields", [{"coverage": "activation"}, {"activation": "replace"}, {"weights": "int8", "code": "radix"}], ids=str
+)
+def test_what_it_does_not_go_with_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="centre=True goes with .* only"):
         fasfx.SpikeConfig(centre=True, **fields)
+    with pytest.raises(ConfigError, match="centre='false': choose one of False, True"):
+        fasfx.SpikeConfig(centre="false")  # type: ignore[arg-type]
+
+
+def test_a_single_row_does_not_stand_for_all() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    x, config = torch.randn(64, 8) * 3 + 1, CENTRED.replace(timesteps=8)
+    errors = []
+    for centre in (False, True):
+        snn = fasfx.convert(module, [{"input": x[:1]}], config.replace(centre=centre))
+        errors.append(float((snn(input=x) - module(x)).norm().detach()))
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+
+
+def test_gated_values_keep_the_headroom_of_products() -> None:
+    def gated(m: nn.Module, x: Tensor) -> Tensor:
+        return m.d(F.silu(m.g(x)) * m.u(x))
+
+    layers = {"g": nn.Linear(8, 16), "u": nn.Linear(8, 16), "d": nn.Linear(16, 4)}
+    batch, found = torch.randn(64, 8), []
+    for centre in (False, True):
+        gm = ranged(gated, [batch], CENTRED.replace(code="rate", timesteps=8, centre=centre), **layers)
+        (of,) = [site for site in facts(gm).sites.values() if site.peak is not None and site.peak.shape == (16,)]
+        found.append(float((thresholds(gm)[of.name] / of.peak).max()))
+    assert min(found) > 2.0**2  # the margin of either factor
+
+
+def test_thresholds_fold_through_the_difference() -> None:
+    call, layers = (lambda m, x: m.a(m.n(x))), {"n": nn.LayerNorm(8), "a": nn.Linear(8, 4)}
+    lowered = []
+    for centre in (False, True):
+        module, batch = Calls(call, **layers).eval(), {"x": torch.randn(3, 5, 8)}
+        snn = fasfx.convert(module, [batch], CENTRED.replace(timesteps=12, centre=centre))
+        assert torch.allclose(snn(**batch), module(**batch), atol=1e-4)
+        lowered.append([n.target for n in snn.graph_module.graph.nodes])
+    assert [found.count(aten.mul.Tensor) for found in lowered] == [0, 0]
+    assert [found.count(aten.sub.Tensor) for found in lowered] == [0, 1]
 
 
 def test_a_bias_that_depends_on_the_input_is_left_alone() -> None:

@@ -25,12 +25,27 @@ def logits(snn: nn.Module) -> torch.Tensor:
         return snn(**BATCH).logits
 
 
-@pytest.mark.parametrize("code", ["multi", "radix"])
-def test_two_neurons_of_one_step_send_what_one_does_in_two(code: Any) -> None:
-    assert torch.equal(
-        logits(converted(code=code, timesteps=1, population=2, margin=1.0)),
-        logits(converted(code=code, timesteps=2, margin=1.0)),
-    )
+@pytest.mark.parametrize(("code", "steps"), [("multi", 2), ("radix", 10)])
+def test_two_neurons_send_what_one_does_in_twice_the_steps(code: Any, steps: int) -> None:
+    two, one = converted(code=code, timesteps=steps // 2, population=2), converted(code=code, timesteps=steps)
+    assert torch.equal(logits(two), logits(one))
+    assert fasfx.energy(two, [BATCH]).totals.equals(fasfx.energy(one, [BATCH]).totals)
+    (a,), (b,) = (fasfx.check(classifier(), n, [BATCH], [n.timesteps]).table["bound"] for n in (two, one))
+    assert a == b
+
+
+def test_lifts_are_found_for_the_counts_of_all() -> None:
+    lifts = []
+    for steps, population in ((6, 1), (3, 2)):
+        snn = converted(code="radix", weights="int8", timesteps=steps, population=population)
+        lifts.append([site.lift for site in facts(snn.ranged).sites.values()])
+    assert any(lifts[0]) and lifts[0] == lifts[1]
+
+
+def test_radix_factors_have_as_many_as_stay_exact() -> None:
+    """Four neurons of seven steps would not: three are."""
+    assert fasfx.SpikeConfig(code="radix", timesteps=7, population=2).neuron(4)[1] == 21
+    assert fasfx.SpikeConfig(code="radix", timesteps=13).neuron(2)[1] == 13
 
 
 def test_the_first_tick_of_many_is_their_closed_form() -> None:

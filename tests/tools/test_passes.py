@@ -104,7 +104,9 @@ def test_run_is_what_convert_does() -> None:
     assert text(tools.run(given)) == text(expected.graph_module)
 
 
-@pytest.mark.parametrize("config", [SpikeConfig(), FLOAT.replace(centre=True)], ids=["default", "centred"])
+@pytest.mark.parametrize(
+    "config", [SpikeConfig(), FLOAT.replace(centre=True), SpikeConfig.integer()], ids=["default", "centred", "integer"]
+)
 def test_a_stored_program_gives_what_the_model_gives(config: SpikeConfig, tmp_path: Path) -> None:
     given = bert(config=config)
     final = tools.run(given, dump=tmp_path)
