@@ -58,7 +58,7 @@ def texts(quick: bool) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:
         given = tools.subject(cases.minilm()[0], batches=cases.calibration("news", quick=True))
         final = output(tools.run(given, dump=Path(folder)), given.inputs)
-        for stage in sorted(Path(folder).iterdir()):
+        for stage in sorted(Path(folder).iterdir(), key=lambda one: int(one.name.partition("-")[0])):
             again, written = tools.subject(stage / "graph.txt"), (stage / "graph.txt").read_text("utf-8")
             found = output(tools.run(again), given.inputs)
             differ = sum(not torch.equal(found[name], value) for name, value in final.items())
