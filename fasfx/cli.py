@@ -112,8 +112,7 @@ def convert(
         from fasfx.folders import check_target, save
         from fasfx.text_files import read_texts
 
-        options = {"timesteps": timesteps, "code": code, "schedule": schedule, "population": population}
-        config = _config(preset, options | {"centre": centre or None, "strict": strict or None})
+        config = _config(preset, timesteps, code, schedule, population, centre, strict)
         texts = read_texts(calibration) if calibration else None
         check_target(out)
         original, tokenizer = load(model), tokenizer_beside(model)
@@ -161,8 +160,7 @@ def finetune(
 
         if task not in TASKS:
             raise ConfigError(f"--task {task!r}: choose one of {', '.join(TASKS)}")
-        options = {"timesteps": timesteps, "code": code, "schedule": schedule, "population": population}
-        config = _config(preset, options | {"centre": centre or None})
+        config = _config(preset, timesteps, code, schedule, population, centre)
         check_target(out)
         tokenizer = tokenizer_beside(model)
         if tokenizer is None:
@@ -293,11 +291,22 @@ def main() -> None:
 # --- parts of commands -----------------------------------------------------------------------------------
 
 
-def _config(preset: str | None, options: dict[str, Any]) -> SpikeConfig:
+def _config(
+    preset: str | None,
+    timesteps: int | None,
+    code: str | None,
+    schedule: str | None,
+    population: int | None,
+    centre: bool,
+    strict: bool = False,
+) -> SpikeConfig:
+    """What the options say; one that is not given is left to the preset."""
     from fasfx.config import SpikeConfig
 
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
+    options = {"timesteps": timesteps, "code": code, "schedule": schedule, "population": population}
+    options |= {"centre": centre or None, "strict": strict or None}
     given = {name: value for name, value in options.items() if value is not None}
     return getattr(SpikeConfig, preset)(**given) if preset else SpikeConfig().replace(**given)
 

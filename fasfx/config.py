@@ -33,7 +33,8 @@ class SpikeConfig:
     code:        "multi" (signed powers of two), "radix" (binary digits), "rate" (QCFS, FAS's neuron).
     levels:      thresholds of a multi neuron, 1 to 24; independent of timesteps.
     population:  neurons per value, one after the other, each with T spikes of its own for what the others have left;
-                 twice as many where two values are multiplied. More spikes in a tick, and fewer ticks.
+                 twice as many where two values are multiplied (of radix neurons as many as are exact). More spikes in a
+                 tick, and fewer ticks.
     schedule:    "sequential": a layer starts when its input is complete; closed form, latency depth * T.
                  "synchronous": all layers tick together, an answer after every tick, latency T; not for radix.
     coverage:    "matmul": every operand of linear, convolution and matrix product is sent as spikes.
@@ -42,7 +43,7 @@ class SpikeConfig:
     nonlinear:   "spiking": functions are neuron groups, norms, gates and quotients products of spikes.
                  "exact": softmax, norms and activations stay float operators, reported as not spike-driven.
     threshold:   "max" of the calibration times margin, or its 99.9th "percentile" times margin.
-    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, steps / 6 (at least 1) for radix,
+    margin:      headroom; None: 4 for multi (two of its levels), 2 for rate, population * T / 6, at least 1, for radix,
                  whose finer steps at a larger T pay for more headroom (docs/decisions/0004-thresholds.md).
     granularity: "tensor" | "channel" (both fold into weights) | "token" (dynamic, one threshold per row, does
                  not fold). None: "tensor" for multi, "channel" else; with int8 weights one per tensor for what only

@@ -103,7 +103,7 @@ class Facts:
     before: list[str] = field(default_factory=list)  # the passes of the stored program that this one was read from
     tick: str = ""  # the input of a step graph that holds the number of the tick
     states: dict[str, str] = field(default_factory=dict)  # site -> input that holds its state, in the graph's order
-    centres: dict[str, str] = field(default_factory=dict)  # difference -> tensor that observe is to take off
+    centres: list[str] = field(default_factory=list)  # differences whose second argument observe is to find
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)  # function without tails -> its input's range
     trainable: bool = False  # captured for training: weights keep their names, dropout is there
     trained: int | None = None  # T of the closed forms, or of the ticks, that stage I trained with
@@ -140,7 +140,7 @@ def decline(gm: GraphModule, pass_name: str, rule: str, node: str, reason: str) 
 def copy_program(gm: GraphModule) -> GraphModule:
     """A copy with its own graph and facts that shares every tensor."""
     facts_copy = copy.copy(facts(gm))
-    for name in ("constants", "symbols", "sites", "centres", "ranges"):
+    for name in ("constants", "symbols", "sites", "ranges"):
         setattr(facts_copy, name, dict(getattr(facts_copy, name)))
     facts_copy.ledger = Ledger(list(facts_copy.ledger.entries))
     facts_copy.declined, facts_copy.history = list(facts_copy.declined), list(facts_copy.history)

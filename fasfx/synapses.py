@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from fasfx import ops
-from fasfx.program import constants, facts, fake
+from fasfx.program import arg, constants, facts, fake
 
 aten = torch.ops.aten
 
@@ -154,9 +154,9 @@ def _is_per_row(node: Node) -> bool:
 def is_gated(node: Node, values: set[Node]) -> bool:
     """Whether a value is the product of two values, as behind a gate, its channels perhaps centred or mixed."""
     if node.target is aten.sub.Tensor and node.args[1] not in values:
-        node = node.args[0]  # type: ignore[assignment]
+        node = arg(node, 0)
     if node.target is ops.hadamard.op:
-        node = node.args[0]  # type: ignore[assignment]
+        node = arg(node, 0)
     return node.target is aten.mul.Tensor and all(factor in values for factor in node.args)
 
 

@@ -33,17 +33,17 @@ class Centre(Pass):
         """True if any value was centred."""
         if not facts(gm).config.centre:
             return False
-        read, fixed, centres = dict[Node, list[tuple[Node, int]]](), constants(gm), dict[str, str]()
+        read, fixed = dict[Node, list[tuple[Node, int]]](), constants(gm)
         for node, position in spiking_operands(gm):
             read.setdefault(operand(node.args[position]), []).append((node, position))
+        centred = list[str]()
         for value, readers in read.items():
             if (why := _why_not(value, readers, fixed)) is not None:
                 decline(gm, self.name, "centre_layers", value.name, why)
             elif may_apply(self.name, "centre_layers", value):
-                centred = centre_layers(gm, [node for node, _ in readers])
-                centres[centred.name] = str(arg(centred, 1).target)
-        facts(gm).centres = centres
-        return bool(centres)
+                centred.append(centre_layers(gm, [node for node, _ in readers]).name)
+        facts(gm).centres = centred
+        return bool(centred)
 
 
 def _why_not(value: Node, readers: list[tuple[Node, int]], fixed: set[Node]) -> str | None:

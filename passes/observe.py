@@ -67,7 +67,7 @@ class Observe(Pass):
                 self._on_batch(done)
         watcher.finish()
         lifted = any(site.lift for site in facts(gm).sites.values())
-        facts(gm).centres = {}
+        facts(gm).centres = []
         facts(gm).lifted = facts(gm).config.timesteps if lifted else None
         if not done:
             raise CalibrationError("the calibration data holds no batches: pass at least one dict of model inputs")
@@ -169,7 +169,8 @@ class _Watcher(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self._gm, self._sites, self.batch = gm, facts(gm).sites, 0
+        self._sites, self.batch = facts(gm).sites, 0
+        self._centres = facts(gm).centres
         self._ranges = facts(gm).ranges
         self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
         self._moments = evens_channels(gm)
@@ -179,7 +180,7 @@ class _Watcher(Interpreter):
         self._tails = facts(gm).config.threshold == "percentile"
 
     def run_node(self, n: Node) -> Any:
-        if self.batch == 0 and n.name in facts(self._gm).centres:
+        if self.batch == 0 and n.name in self._centres:
             self._find_centre(n)
         value = super().run_node(n)
         if (site := self._sites.get(n.name)) is not None:
@@ -196,7 +197,7 @@ class _Watcher(Interpreter):
         if rows.shape[-1] == 1:  # which says nothing about how far others are from it
             return
         self.env[centre] = rows.median(-1).values
-        set_attribute(self._gm, str(centre.target), self.env[centre])
+        set_attribute(self.module, str(centre.target), self.env[centre])
 
     def _widen(self, node: Node) -> None:
         """The range of the input of a function without tails."""

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import fasfx
 from fasfx.capture import capture
 from fasfx.errors import ConfigError
-from fasfx.passes import Centre, Normalise, Observe, Rotate
+from fasfx.passes import Centre, Normalise, Rotate
 from fasfx.passes.clip import thresholds
 from fasfx.program import GraphModule, attribute, facts
-from fasfx.ranging import to_ranged
+from fasfx.ranging import calibrate
 from fasfx.runner import Runner
 
 aten = torch.ops.aten
@@ -31,8 +31,7 @@ def centred(gm: GraphModule) -> list[Any]:
 
 def ranged(call: Callable[..., Any], batches: list[Tensor], config: fasfx.SpikeConfig = CENTRED, **layers: Any) -> Any:
     """A function of its layers at RANGED."""
-    module, given = Calls(call, **layers).eval(), [{"x": batch} for batch in batches]
-    return to_ranged(capture(module, given[0], config), Observe(given))
+    return calibrate(Calls(call, **layers).eval(), [{"x": batch} for batch in batches], config)
 
 
 def test_the_median_of_every_channel_in_the_first_batch_is_taken_off() -> None:
@@ -45,7 +44,7 @@ def test_the_median_of_every_channel_in_the_first_batch_is_taken_off() -> None:
     assert site.name == difference.name and site.signed
     seen = torch.cat([first, second]).flatten(0, 1) - centre
     assert torch.equal(site.peak, seen.abs().amax(0))
-    assert facts(gm).centres == {}
+    assert facts(gm).centres == []
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -150,7 +149,7 @@ def test_what_it_does_not_go_with_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="centre=True goes with .* only"):
         fasfx.SpikeConfig(centre=True, **fields)
     with pytest.raises(ConfigError, match="centre='false': choose one of False, True"):
-        fasfx.SpikeConfig(centre="false")  # type: ignore[arg-type]
+        CENTRED.replace(centre="false")
 
 
 def test_a_single_row_does_not_stand_for_all() -> None:

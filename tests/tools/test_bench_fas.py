@@ -127,7 +127,7 @@ def test_few_spikes_of_language_are_held_to_those_of_the_usual_conversion(small:
     (sent,), (few,) = labelled(usual)[SPIKES], (line for line in whole.lines if line.label == SPIKES)
     assert few.target == f"T = 5 ≤ {0.7 * sent:.3f}".rstrip("0") and 0 < few.figures[0] < sent
     (lost,) = (line.target for line in whole.lines if line.label == TUNED)
-    assert lost == "T = 5 ≤ 1.005"
+    assert lost == "T = 5 ≤ 1.005" and "levels 8, granularity channel" in whole.note
 
 
 def test_targets_are_losses_against_the_original() -> None:
