@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,6 +129,28 @@ def test_few_spikes_of_language_are_held_to_those_of_the_usual_conversion(small:
     assert few.target == f"T = 5 ≤ {0.7 * sent:.3f}".rstrip("0") and 0 < few.figures[0] < sent
     (lost,) = (line.target for line in whole.lines if line.label == TUNED)
     assert lost == "T = 5 ≤ 1.005" and "levels 8, granularity channel" in whole.note
+
+
+def test_a_resumed_training_counts_the_seconds_before_it_was_killed(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(trained, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def fit(model: Any, rows: Any, collate: Any, folder: Path, training: Any, progress: Any) -> None:
+        resumed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        now[0] += 7
+        progress("train", 1, 2)
+        if not resumed:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trained, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        trained.original("valence", 0, 1, 1e-3)
+    now[0] += 100  # nobody works
+    assert trained.original("valence", 0, 1, 1e-3).seconds == 14
+    assert trained.original("valence", 0, 1, 1e-3).seconds == 14  # read, not trained again
 
 
 def test_targets_are_losses_against_the_original() -> None:

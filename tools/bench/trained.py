@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,13 @@ import fasfx
 from fasfx.calibration import without_cache
 from fasfx.devices import device_of
 from fasfx.finetuning import Training, fit
+from fasfx.ranging import Progress
 from fasfx.tools.bench.tasks import TASKS, Task
 from fasfx.tuning import tune
 
 CALIBRATION = 8  # batches of training rows
 DISTILLATION = 2.0  # temperature
+RECORD = "record.json"
 HERE = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")  # where the Trainer trains
 
 
@@ -49,7 +52,7 @@ def original(name: str, seed: int, epochs: float, lr: float) -> Kept:
     """The task's model, fine-tuned as it is."""
     task = TASKS[name]()
     training, model = Training(epochs, lr, task.size, seed), task.model(seed)
-    return _weights(model, {"original": name, "how": asdict(training)}, lambda at: _fit(model, task, training, at))
+    return _weights(model, {"original": name, "how": asdict(training)}, partial(_fit, model, task, training))
 
 
 def calibration(name: str, model: nn.Module) -> list[dict[str, Any]]:
@@ -71,7 +74,7 @@ def stage_one(name: str, seed: int, epochs: float, lr: float, config: fasfx.Spik
     qann = fasfx.prepare(teacher, calibration(name, teacher), config, aim, through_time=through_time)
     every = {"stage I": name, "how": asdict(training), "config": asdict(config), "of": of}
     aims = {name: getattr(aim, name) for name in ("task", "logits", "hidden", "temperature", "spikes")}
-    return _weights(qann, every | {"objective": aims}, lambda at: _fit(qann, task, training, at))
+    return _weights(qann, every | {"objective": aims}, partial(_fit, qann, task, training))
 
 
 def tuned(name: str, snn: fasfx.SpikingModel, stage: str, of: Any, batches: int, spikes: float = 0.0) -> Kept:
@@ -79,42 +82,54 @@ def tuned(name: str, snn: fasfx.SpikingModel, stage: str, of: Any, batches: int,
     task, recipe = TASKS[name](), {"stage II": of, "config": asdict(snn.spike_config), "stage": stage, "n": batches}
     folder = folder_of(recipe)
     if not (folder / "network").exists():
-        start = time.perf_counter()
+        record = _Record(folder, recipe)
         given = task.inputs(task.train[-batches * task.size :], device_of(snn))
-        found = tune(snn, given, (stage,), spikes=spikes, folder=folder / "tuning", progress=_report)
+        found = tune(snn, given, (stage,), spikes=spikes, folder=folder / "tuning", progress=record.report)
         found.save_pretrained(folder / "network")
-        _note(folder, recipe, start)
+        record.keep()
         shutil.rmtree(folder / "tuning")
     return Kept(fasfx.SpikingModel.from_pretrained(folder / "network").to(device_of(snn)), _seconds(folder))
 
 
-def _fit(model: nn.Module, task: Task, training: Training, folder: Path) -> None:
-    fit(model, task.train, task.collate, folder, training, _report)
+def _fit(model: nn.Module, task: Task, training: Training, folder: Path, progress: Progress) -> None:
+    fit(model, task.train, task.collate, folder, training, progress)
 
 
-def _weights(model: nn.Module, recipe: dict[str, Any], train: Callable[[Path], None]) -> Kept:
+def _weights(model: nn.Module, recipe: dict[str, Any], train: Callable[[Path, Progress], None]) -> Kept:
     """The model with the weights of a recipe: read where they are kept, else trained, resumed after a kill."""
     folder = folder_of(recipe)
     if not (folder / "model.safetensors").exists():
-        start = time.perf_counter()
-        train(folder / "training")
+        record = _Record(folder, recipe)
+        train(folder / "training", record.report)
         save_model(model, str(folder / "beside.safetensors"))
+        record.keep()
         (folder / "beside.safetensors").rename(folder / "model.safetensors")
-        _note(folder, recipe, start)
         shutil.rmtree(folder / "training")
     load_model(model, folder / "model.safetensors")
     return Kept(model.eval().to(HERE), _seconds(folder))
 
 
-def _note(folder: Path, recipe: dict[str, Any], start: float) -> None:
-    record = {"recipe": recipe, "seconds": time.perf_counter() - start}
-    (folder / "record.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+class _Record:
+    """A recipe and the seconds spent on it, in its folder from the first report on: a resumed run adds to them."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self._file, self._recipe = folder / RECORD, recipe
+        self._start = time.perf_counter() - (_seconds(folder) if self._file.exists() else 0.0)
+
+    def keep(self) -> None:
+        """Write both, whole or not at all."""
+        record = {"recipe": self._recipe, "seconds": time.perf_counter() - self._start}
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        beside = self._file.with_suffix(".beside")
+        beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        beside.replace(self._file)
+
+    def report(self, stage: str, done: int, total: int | None) -> None:
+        """Progress of training or tuning."""
+        self.keep()
+        if total is None or done == total or done % 50 == 0:
+            print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 def _seconds(folder: Path) -> float:
-    return float(json.loads((folder / "record.json").read_text(encoding="utf-8"))["seconds"])
-
-
-def _report(stage: str, done: int, total: int | None) -> None:
-    if total is None or done == total or done % 50 == 0:
-        print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
+    return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["seconds"])
