@@ -123,7 +123,10 @@ def test_stage_one_through_time_is_another_recipe_and_reaches_what_its_ticks_say
     assert said[1][0] == pytest.approx(said[1][1], rel=1e-5) and said[0][0] != pytest.approx(said[0][1], rel=1e-5)
 
 
-def test_few_spikes_of_language_are_held_to_those_of_the_usual_conversion(small: Path) -> None:
+def test_few_spikes_of_language_are_held_to_those_of_the_usual_conversion(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fas, "SPARSE_LANGUAGE", replace(recipes.SPARSE_LANGUAGE, tuning=2))
     usual, whole, _ = fas.language_sparse(quick=False)
     (sent,), (few,) = labelled(usual)[SPIKES], (line for line in whole.lines if line.label == SPIKES)
     assert few.target == f"T = 5 ≤ {0.7 * sent:.3f}".rstrip("0") and 0 < few.figures[0] < sent
