@@ -156,6 +156,23 @@ def test_a_resumed_training_counts_the_seconds_before_it_was_killed(
     assert trained.original("valence", 0, 1, 1e-3).seconds == 14  # read, not trained again
 
 
+def test_a_figure_is_measured_again_by_other_code_only(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter((0.5, 0.25, 0.125))
+    first = trained.measured(["a", 1], lambda: next(figures))
+    assert first[0] == 0.5 and first[1] > 0
+    assert trained.measured(["a", 1], lambda: next(figures)) == first
+    assert trained.measured(["a", 2], lambda: next(figures))[0] == 0.25
+    monkeypatch.setattr(trained, "_code", lambda: "of tomorrow")
+    assert trained.measured(["a", 1], lambda: next(figures))[0] == 0.125
+
+
+def test_every_file_of_the_package_tells_its_code_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = list[Path](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.append(file.resolve()) or original(file))
+    trained._code.__wrapped__()
+    assert {Path(trained.__file__).resolve(), Path(fasfx.passes.clip.__file__).resolve()} < {*read}
+
+
 def test_targets_are_losses_against_the_original() -> None:
     task = Task("", classifier, [], [], collate, "accuracy")
     accuracy, ratio = Judge(task, None, 0.8), Judge(Task("", classifier, [], [], spoken, "perplexity"), None, 20.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from fasfx.tools.bench.jelly import beside
 from fasfx.tools.bench.recipes import SEQUENTIAL, SPIKES, TUNED, Case, Made, Target, made_of
 from fasfx.tools.bench.tables import Line, Table, at_least, at_most, plain
 from fasfx.tools.bench.tasks import TASKS, Task
-from fasfx.tools.bench.trained import Kept, tuned
+from fasfx.tools.bench.trained import Kept, measured, tuned
 
 PERCENT, FIGURE, ERROR = "{:.2%}", "{:.3f}", "{:.3e}"
 CLOSE = 0.05  # what a quick run may lose
@@ -49,12 +50,10 @@ class Judge:
         """Of an accuracy or perplexity."""
         return PERCENT if self.task.score == "accuracy" else FIGURE
 
-    def cell(self, network: nn.Module, seconds: float = 0.0) -> Cell:
-        """What a network reaches; `seconds` is what making it took."""
-        start = time.perf_counter()
-        found = self.task.measure(network, self.rows)
-        figure = found if self.task.score == "accuracy" else found / self.own
-        return Cell(figure, self.form, seconds + time.perf_counter() - start)
+    def cell(self, of: Any, network: nn.Module, seconds: float = 0.0) -> Cell:
+        """What a network reaches, measured once; `of` is all that made it, `seconds` what making it took."""
+        found, took = measured([of, self.rows], lambda: self.task.measure(network, self.rows))
+        return Cell(found if self.task.score == "accuracy" else found / self.own, self.form, seconds + took)
 
     def held(self, figure: float, target: Target) -> Line:
         """Whether a figure meets its target."""
@@ -89,7 +88,7 @@ def _note(case: Case, judge: Judge, made: Made) -> str:
     own, sparse = judge.form.format(judge.own), f", weight {case.spikes} on spikes" if case.spikes else ""
     stage = "no stage I"
     if case.epochs:
-        cell = judge.cell(made.trained.model)
+        cell = judge.cell(_made_by(case, made, case.trained, "stage I"), made.trained.model)
         reached = cell.form.format(cell.figure)
         stage = f"stage I at T = {case.trained} {reached} ({made.trained.seconds:.0f} s to train){sparse}"
     settings = "".join(f", {name} {value}" for name, value in case.settings.items())
@@ -98,6 +97,11 @@ def _note(case: Case, judge: Judge, made: Made) -> str:
         f"({made.original.seconds:.0f} s to train), {stage}; one seed. "
         f"Energy: share of the original's, 0.9 pJ / 4.6 pJ; the paper says {1 - PAPER:.2%} of the layers that spike."
     )
+
+
+def _made_by(case: Case, made: Made, ticks: int, row: str) -> Any:
+    """All that makes the network of a row at this T."""
+    return [made.of, asdict(case.config), ticks, row, case.tuning]
 
 
 def _tuned(case: Case, made: Made, ticks: int, quick: bool) -> tuple[Kept, Kept]:
@@ -117,13 +121,15 @@ def _both_forms(made: Made, tuned: fasfx.SpikingModel, ticks: int) -> dict[str, 
 def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> dict[str, Cell]:
     """The column of one T: row -> cell."""
     made.snn.schedule, made.snn.timesteps = "synchronous", ticks
-    found, (layer, neuron) = {"uncalibrated": judge.cell(made.snn)}, _tuned(case, made, ticks, quick)
-    found |= {"after layer": judge.cell(*layer), TUNED: judge.cell(*neuron)}
+    of = partial(_made_by, case, made, ticks)
+    found = {"uncalibrated": judge.cell(of("uncalibrated"), made.snn)}
+    layer, neuron = _tuned(case, made, ticks, quick)
+    found |= {name: judge.cell(of(name), *kept) for name, kept in (("after layer", layer), (TUNED, neuron))}
     errors = {"before": layer.model.tuning["before"], "layer": layer.model.tuning["layer"]}
     errors["neuron"] = neuron.model.tuning["neuron"]
     found |= {f"alignment error, {stage}": Cell(float(of.mean()), ERROR) for stage, of in errors.items()}
     made.snn.schedule = "sequential"
-    found[SEQUENTIAL] = judge.cell(made.snn)
+    found[SEQUENTIAL] = judge.cell(of(SEQUENTIAL), made.snn)
     start = time.perf_counter()
     task = judge.task
     cost = fasfx.energy(neuron.model, task.inputs(task.test[: task.size], device_of(neuron.model)))

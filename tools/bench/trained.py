@@ -1,10 +1,11 @@
-"""Networks that the benchmark trains, once: kept by the hash of their recipe.
+"""What the benchmark trains and measures, once: kept by the hash of its recipe.
 
-The recipe does not know the version of fasfx: delete the folder after a change of how networks learn.
+Of a network the recipe does not know the version of fasfx: delete the folder after a change of how networks learn.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,16 @@ def tuned(name: str, snn: fasfx.SpikingModel, stage: str, of: Any, batches: int,
         found.save_pretrained(folder / "network")
         record.keep()
         shutil.rmtree(folder / "tuning")
-    return Kept(fasfx.SpikingModel.from_pretrained(folder / "network").to(device_of(snn)), _seconds(folder))
+    return Kept(fasfx.SpikingModel.from_pretrained(folder / "network").to(device_of(snn)), _kept(folder, "seconds"))
+
+
+def measured(of: Any, measure: Callable[[], float]) -> tuple[float, float]:
+    """A figure and the seconds it took: read where this very code has measured it before, else measured."""
+    recipe = {"measured": of, "code": _code()}
+    folder = folder_of(recipe)
+    if not (folder / RECORD).exists():
+        _Record(folder, recipe).keep(figure=measure())
+    return _kept(folder, "figure"), _kept(folder, "seconds")
 
 
 def _fit(model: nn.Module, task: Task, training: Training, folder: Path, progress: Progress) -> None:
@@ -106,7 +116,7 @@ def _weights(model: nn.Module, recipe: dict[str, Any], train: Callable[[Path, Pr
         (folder / "beside.safetensors").rename(folder / "model.safetensors")
         shutil.rmtree(folder / "training")
     load_model(model, folder / "model.safetensors")
-    return Kept(model.eval().to(HERE), _seconds(folder))
+    return Kept(model.eval().to(HERE), _kept(folder, "seconds"))
 
 
 class _Record:
@@ -114,11 +124,11 @@ class _Record:
 
     def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
         self._file, self._recipe = folder / RECORD, recipe
-        self._start = time.perf_counter() - (_seconds(folder) if self._file.exists() else 0.0)
+        self._start = time.perf_counter() - (_kept(folder, "seconds") if self._file.exists() else 0.0)
 
-    def keep(self) -> None:
-        """Write both, whole or not at all."""
-        record = {"recipe": self._recipe, "seconds": time.perf_counter() - self._start}
+    def keep(self, **found: float) -> None:
+        """Write them, and what was found, whole or not at all."""
+        record = {"recipe": self._recipe, "seconds": time.perf_counter() - self._start, **found}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         beside = self._file.with_suffix(".beside")
         beside.write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -131,5 +141,14 @@ class _Record:
             print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
 
-def _seconds(folder: Path) -> float:
-    return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))["seconds"])
+def _kept(folder: Path, what: str) -> float:
+    return float(json.loads((folder / RECORD).read_text(encoding="utf-8"))[what])
+
+
+@cache
+def _code() -> str:
+    """Tells every version of the package's code from every other."""
+    files = sorted(
+        glob.glob(f"{Path(fasfx.__file__).parent}/**/*.py", recursive=True)
+    )  # follows links, Path.glob does not
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
