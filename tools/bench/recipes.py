@@ -85,7 +85,9 @@ TUNING_OF_LANGUAGE = 10
 # Thresholds per channel take up what one per site spends many levels on: few are left, and so are few spikes.
 FEW_SPOKEN = ("multi", "matmul", 5, (5,), (Target(TUNED, 5, loss=0.005),))
 NARROW = {"levels": 8, "granularity": "channel", "margin": 2.0, **CENTRED}
-SPARSE_LANGUAGE = Case("language", *FEW_SPOKEN, epochs=0.5, lr=5e-5, tuning=TUNING_OF_LANGUAGE, settings=NARROW)
+SPARSE_LANGUAGE = Case(
+    "language", *FEW_SPOKEN, epochs=0.5, lr=5e-5, spikes=0.1, tuning=TUNING_OF_LANGUAGE, settings=NARROW
+)
 LANGUAGE = Case("language", *SPOKEN, epochs=BUDGET, lr=5e-5, tuning=TUNING_OF_LANGUAGE, settings=PAIRS)
 SINGLE = replace(LANGUAGE, trained=2, epochs=1.5, lr=1e-4, through_time=True, settings=CENTRED)
 CASES = {
