@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fasfx import ops
 from fasfx.capture import capture
 from fasfx.coverage import FREE
 from fasfx.difference import Difference, main_output
+from fasfx.equivalence import Equivalence
 from fasfx.errors import CoverageError
 from fasfx.graph_text import parse, text
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
@@ -60,9 +62,19 @@ class Products(Interpreter):
         self.checked += 1
 
 
-def converted(family: str, **changes: Any) -> tuple[nn.Module, fasfx.SpikingModel]:
+@cache
+def usual(family: str, code: str) -> tuple[nn.Module, fasfx.SpikingModel]:
     model = tiny(family)
-    return model, fasfx.convert(model, [tiny_inputs(family, seed=9)], SPIKING.replace(**changes))
+    return model, fasfx.convert(model, [tiny_inputs(family, seed=9)], SPIKING.replace(code=code))
+
+
+def converted(
+    family: str, code: str = "multi", timesteps: int = SPIKING.timesteps, schedule: str = SPIKING.schedule
+) -> tuple[nn.Module, fasfx.SpikingModel]:
+    """Converted once for every code, then set to T and schedule."""
+    model, snn = usual(family, code)
+    snn.timesteps, snn.schedule = timesteps, schedule
+    return model, snn
 
 
 def error(model: nn.Module, snn: Callable[..., Any], family: str) -> float:
@@ -148,7 +160,7 @@ def test_predictions_where_derivatives_are_missing() -> None:
         def forward(self, x: Tensor) -> Any:
             return self.call(x)
 
-    def check(call: Callable[[Tensor], Any]) -> fasfx.equivalence.Equivalence:
+    def check(call: Callable[[Tensor], Any]) -> Equivalence:
         snn = fasfx.convert(Net(call), [{"x": x}], SPIKING.replace(timesteps=8, strict=False))
         return fasfx.check(Net(call), snn, [{"x": x}], timesteps=(8,))
 

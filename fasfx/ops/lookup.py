@@ -1,5 +1,6 @@
 """`fasfx::lookup`: the closed form of a neuron group, one look-up of its input's half count."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,22 +59,31 @@ class Cells(NamedTuple):
 
 def cells_of(edges: Tensor, unit: float, rest: float, code: str, steps: int) -> Cells:
     """From breakpoints [K + 1] in float64. The last half count is the end of the range."""
-    row, neurons = CODES[code], neurons_of(edges, unit, rest)
+    neurons = neurons_of(edges, unit, rest)
     cells = round(float(edges[-1] - edges[0]) / (unit / 2))
     middle = edges[0] + (torch.arange(cells + 1, dtype=edges.dtype, device=edges.device) + 0.5) * (unit / 2)
     middle[-1] = edges[-1]
     segment = (torch.searchsorted(edges, middle, right=True) - 1).clamp(0, len(edges) - 2)
     u = ((middle - neurons.start[segment]).abs() / unit).minimum(neurons.counts[segment])
+    half = (4 * u).round().long() // 2  # u is the middle of a half count, or the threshold
     counts, active, full = torch.zeros_like(u), torch.zeros_like(segment), torch.zeros_like(neurons.counts).long()
     for top in neurons.counts.unique():
-        here, levels = neurons.counts[segment] == top, int(top).bit_length()
-        events = row.spikes(u[here], steps, levels, False)
-        counts[here] = row.decode(events, levels).to(u.dtype)
-        active[here] = (events != 0).sum(0)
-        full[neurons.counts == top] = (row.spikes(top, steps, levels, False) != 0).sum()
+        here, (count, spikes) = neurons.counts[segment] == top, _simulated(code, steps, int(top))
+        counts[here] = count.to(u)[half[here]]
+        active[here] = spikes.to(active)[half[here]]
+        full[neurons.counts == top] = spikes[-1].to(full)
     upwards = neurons.direction > 0  # neurons between rest and this one are full
     between = torch.where(upwards, (full * upwards).cumsum(0), (full * ~upwards).flip(0).cumsum(0).flip(0)) - full
     return Cells(segment, counts, (between[segment] + active).to(torch.int32))
+
+
+@cache
+def _simulated(code: str, steps: int, top: int) -> tuple[Tensor, Tensor]:
+    """Count and spikes of a neuron with a threshold of `top` counts, for every half count of its input, [2 top + 1]."""
+    row, levels = CODES[code], top.bit_length()
+    u = (torch.arange(2 * top + 1, dtype=torch.float64) / 2 + 0.25).clamp(max=top)
+    events = row.spikes(u, steps, levels, False)
+    return row.decode(events, levels), (events != 0).sum(0)
 
 
 def table_of(cells: Cells, edges: Tensor, values: Tensor, unit: float, rest: float) -> Tensor:
