@@ -81,7 +81,7 @@ def cells_of(edges: Tensor, unit: float, rest: float, code: str, steps: int) -> 
 def _simulated(code: str, steps: int, top: int) -> tuple[Tensor, Tensor]:
     """Count and spikes of a neuron with a threshold of `top` counts, for every half count of its input, [2 top + 1]."""
     row, levels = CODES[code], top.bit_length()
-    u = (torch.arange(2 * top + 1, dtype=torch.float64) / 2 + 0.25).clamp(max=top)
+    u = (torch.arange(2 * top + 1, dtype=torch.float64, device="cpu") / 2 + 0.25).clamp(max=top)
     events = row.spikes(u, steps, levels, False)
     return row.decode(events, levels), (events != 0).sum(0)
 

@@ -1,7 +1,9 @@
 """Neuron groups: certified bounds hold everywhere, and every form of a group gives the same spikes."""
 
 import math
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import flint
 import pytest
@@ -17,6 +19,7 @@ from fasfx.errors import ConfigError
 from fasfx.groups import QUARTER, Group, bound_formula, group
 from fasfx.intervals import interval_function
 from fasfx.ledger import Bound
+from fasfx.ops import lookup
 from fasfx.ops.functions import FUNCTIONS, Function, X
 from fasfx.ops.group import neurons_of
 from fasfx.ops.lookup import cells_of, table_of
@@ -194,6 +197,26 @@ def test_the_table_counts_every_spike(code: str, data: st.DataObject) -> None:
     cell = data.draw(st.integers(0, len(spikes) - 2))
     z = found.edges[0] + (cell + 0.5) * found.unit / 2
     assert int(spikes[cell]) == spikes_sent(found, z)
+
+
+@pytest.mark.parametrize("code", ops.CODES)
+def test_a_neuron_is_simulated_once_for_every_threshold_and_half_count(
+    code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, simulated = ops.CODES[code], list[int]()
+
+    def spikes(u: Tensor, *how: Any) -> Tensor:
+        simulated.append(u.numel())
+        return row.spikes(u, *how)
+
+    monkeypatch.setitem(ops.CODES, code, replace(row, spikes=spikes))
+    lookup._simulated.cache_clear()
+    found = made("erf", code, size=64)
+    for _ in range(2):
+        cells_of(found.edges, found.unit, found.rest, found.code, found.steps)
+    thresholds = neurons_of(found.edges, found.unit, found.rest).counts
+    assert len(thresholds) == found.size > len(thresholds.unique())
+    assert sorted(simulated) == [2 * int(top) + 1 for top in thresholds.unique()]
 
 
 def test_a_given_size_is_kept_and_more_neurons_err_less() -> None:

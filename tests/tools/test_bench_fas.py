@@ -1,5 +1,6 @@
 """The benchmark of FAS on tiny models: rows, targets, wall times, the deployed network, SpikingJelly, what is kept."""
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -109,6 +110,8 @@ def test_language_is_a_ratio_to_the_originals_perplexity(epochs: float, small: P
     (target,) = (line.target for line in whole.lines if line.met)
     assert target == "T = 3 ≤ 10" and ("no stage I" in whole.note) == (epochs == 0)
     assert all(second > 0 for second in labelled(times)[TUNED])
+    recipes_kept = [json.loads(file.read_text())["recipe"] for file in small.glob("*/record.json")]
+    assert sum("measured" in recipe for recipe in recipes_kept) == 4 + (epochs > 0)  # rows of the table, and stage I
 
 
 def test_stage_one_through_time_is_another_recipe_and_reaches_what_its_ticks_say(
@@ -164,6 +167,19 @@ def test_a_figure_is_measured_again_by_other_code_only(small: Path, monkeypatch:
     assert trained.measured(["a", 2], lambda: next(figures))[0] == 0.25
     monkeypatch.setattr(trained, "_code", lambda: "of tomorrow")
     assert trained.measured(["a", 1], lambda: next(figures))[0] == 0.125
+
+
+def test_a_cell_is_measured_once(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    monkeypatch.setattr(Task, "measure", lambda task, network, rows: asked.append(rows) or 30.0)
+    judges = [Judge(Task("", classifier, [], [], spoken, "perplexity"), rows, 20.0) for rows in (None, 8)]
+    network = torch.nn.Identity()
+    first = judges[0].cell(["a", 1], network, 2.0)
+    assert first.figure == 1.5 and first.seconds > 2
+    assert judges[0].cell(["a", 1], network, 2.0) == first and asked == [None]
+    judges[0].cell(["a", 2], network)
+    judges[1].cell(["a", 1], network)
+    assert asked == [None, None, 8]
 
 
 def test_every_file_of_the_package_tells_its_code_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> di
     found |= {name: judge.cell(of(name), *kept) for name, kept in (("after layer", layer), (TUNED, neuron))}
     errors = {"before": layer.model.tuning["before"], "layer": layer.model.tuning["layer"]}
     errors["neuron"] = neuron.model.tuning["neuron"]
-    found |= {f"alignment error, {stage}": Cell(float(of.mean()), ERROR) for stage, of in errors.items()}
+    found |= {f"alignment error, {stage}": Cell(float(error.mean()), ERROR) for stage, error in errors.items()}
     made.snn.schedule = "sequential"
     found[SEQUENTIAL] = judge.cell(of(SEQUENTIAL), made.snn)
     start = time.perf_counter()

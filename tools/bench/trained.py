@@ -148,7 +148,6 @@ def _kept(folder: Path, what: str) -> float:
 @cache
 def _code() -> str:
     """Tells every version of the package's code from every other."""
-    files = sorted(
-        glob.glob(f"{Path(fasfx.__file__).parent}/**/*.py", recursive=True)
-    )  # follows links, Path.glob does not
+    # glob.glob follows links, Path.glob does not.
+    files = sorted(glob.glob(f"{Path(fasfx.__file__).parent}/**/*.py", recursive=True))
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
