@@ -140,17 +140,17 @@ def _sent_activations(gm: GraphModule) -> dict[Node, Node]:
 
 
 def _activation_site(value: Node, signed: bool, population: int) -> Site:
-    shared = [set(channel_dims(reader, p)) for reader, p in _synaptic_readers(value)]
+    shared = [set(channel_dims(reader, p)) for reader, p in _readers_by_channel(value)]
     channel = tuple(sorted(set.intersection(*shared))) if shared else ()
     return Site(value.name, module_path(value), channel, signed, population=population)
 
 
-def _synaptic_readers(value: Node) -> Iterator[tuple[Node, int]]:
-    """(synaptic operation, position) for everything that reads a value, perhaps through a relay."""
+def _readers_by_channel(value: Node) -> Iterator[tuple[Node, int]]:
+    """(synaptic operation or gate, position) for everything that reads a value so, perhaps through a relay."""
     for user in value.users:
         if user.target in RELAYS:
-            yield from _synaptic_readers(user)
-        elif user.target in SYNAPSES:
+            yield from _readers_by_channel(user)
+        elif user.target in SYNAPSES or user.target is aten.mul.Tensor:
             yield user, next(i for i, given in enumerate(user.args) if given is value)
 
 
