@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def converted(family: str, **changes: Any) -> tuple[nn.Module, fasfx.SpikingMode
     model = uneven(family)
     extra = {"use_cache": False} if family in ("gpt2", "llama", "opt", "t5") else {}
     return model, fasfx.convert(model, [batch(family) | extra], fasfx.SpikeConfig.integer(**changes))
+
+
+@cache
+def usual(family: str) -> tuple[nn.Module, fasfx.SpikingModel]:
+    """The same with nothing changed, once: for tests that change nothing about it either."""
+    return converted(family)
 
 
 @torch.no_grad()
@@ -252,7 +259,7 @@ def test_a_lift_keeps_the_sum_of_small_currents(seed: int, size: float) -> None:
 
 
 def test_exponentials_are_lifted_and_the_ledger_says_so() -> None:
-    _, snn = converted("llama")
+    _, snn = usual("llama")
     lifted = {name: site.lift for name, site in facts(snn.ranged).sites.items() if site.lift}
     assert lifted and all(facts(snn.ranged).sites[name].fixed == 1 for name in lifted)
     table = snn.ledger.table.set_index("node")
@@ -420,7 +427,7 @@ def test_a_multiple_is_one_factor_for_every_weight(factor: float, at: int) -> No
 def test_smooth_makes_int8_weights_more_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, one threshold per channel goes into the weights as it is; one factor for all heads is left out."""
     monkeypatch.setattr(clip, "RAISED", 0)
-    model, snn = converted("vit")
+    model, snn = usual("vit")
     monkeypatch.setattr(Smooth, "rewrite", lambda self, gm: False)
     _, other = converted("vit")
     given = batch("vit")
@@ -428,14 +435,14 @@ def test_smooth_makes_int8_weights_more_exact(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_cannot_be_rotated_is_said_with_node_and_source_line() -> None:
-    _, snn = converted("bert")
+    _, snn = usual("bert")
     (reason, *_) = [d.reason for d in facts(snn.ranged).declined if d.pass_name == "rotate"]
     assert "is read by add" in reason and "modeling_bert.py" in reason
 
 
 def test_gated_layers_have_a_threshold_per_row_and_meet_bytes() -> None:
     """Their channels mixed, unless one threshold for everything is asked for."""
-    _, snn = converted("llama")
+    _, snn = usual("llama")
     assert len(snn.graph_module.graph.find_nodes(op="call_function", target=ops.hadamard.op)) == 2
     _, static = converted("llama", granularity="tensor")
     assert not static.graph_module.graph.find_nodes(op="call_function", target=ops.hadamard.op)
@@ -453,7 +460,7 @@ def test_gated_layers_have_a_threshold_per_row_and_meet_bytes() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_in_onnx_runtime_runs_in_integers(family: str, tmp_path: Path) -> None:
     """Every linear layer and every product of attention is one integer product, and the outputs agree."""
-    model, snn = converted(family)
+    model, snn = usual(family)
     snn.to_onnx(tmp_path)
     operators = operators_of(tmp_path / "model.onnx")
     targets = (ops.integer_linear.op, ops.integer_matmul.op)
@@ -473,7 +480,7 @@ def test_a_network_in_onnx_runtime_runs_in_integers(family: str, tmp_path: Path)
 
 def test_what_is_bounded_is_not_clipped(tmp_path: Path) -> None:
     """Counts of exponentials and of values over their row's largest; the others are. Norms are one division."""
-    _, snn = converted("llama")
+    _, snn = usual("llama")
     snn.to_onnx(tmp_path)
     nodes = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
     made = {name: node.op_type for node in nodes for name in node.output}
@@ -486,7 +493,7 @@ def test_what_is_bounded_is_not_clipped(tmp_path: Path) -> None:
 
 
 def test_a_profile_tells_which_node_ran_where(tmp_path: Path) -> None:
-    _, snn = converted("bert")
+    _, snn = usual("bert")
     snn.to_onnx(tmp_path)
     deployed = OnnxModel(tmp_path, threads=1)
     table = deployed.profile(**batch("bert", seed=1))
@@ -500,7 +507,7 @@ def test_a_profile_tells_which_node_ran_where(tmp_path: Path) -> None:
 
 
 def test_views_and_transposes_move_bytes() -> None:
-    _, snn = converted("bert")
+    _, snn = usual("bert")
     moved = [node for node in snn.graph_module.graph.nodes if node.target in VIEWS and is_byte(node)]
     assert len(moved) >= 2 * 4 * 2  # queries, keys, values and what is mixed of them, a view and a transpose each
 
@@ -508,7 +515,7 @@ def test_views_and_transposes_move_bytes() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_flat_between_layers(family: str) -> None:
     """The same bits for any batch and length; every layer with a bias reads rows, and what lies between stays flat."""
-    _, snn = converted(family)
+    _, snn = usual(family)
     merged, flat = merge_layers(snn.graph_module), flatten_rows(merge_layers(snn.graph_module))
     layers = flat.graph.find_nodes(op="call_function", target=ops.integer_linear.op)
     assert all(fake(node.args[0]).dim() == 2 for node in layers if node.args[3] is not None)
@@ -573,7 +580,7 @@ def test_one_factor_scales_the_scores_of_every_head(
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_spikes_are_those_of_the_site_wherever_bytes_are_moved(family: str) -> None:
-    _, snn = converted(family)
+    _, snn = usual(family)
     inputs = batch(family)
     in_float = SpikeRecorder(
         Runner([Clip(), Substitute(), Fold(), Lower(bytes_travel=False)]).run(snn.ranged), snn._static_thresholds()
@@ -601,13 +608,13 @@ def test_spike_quantizer_writes_the_integer_form(tmp_path: Path) -> None:
 
 def test_a_program_has_the_signature_of_its_inputs() -> None:
     """Whoever exports or compiles it by hand reads it."""
-    _, snn = converted("bert")
+    _, snn = usual("bert")
     assert list(inspect.signature(snn.graph_module.forward).parameters) == snn.input_names
 
 
 def test_counts_in_float_are_the_same_network(tmp_path: Path) -> None:
     """form="closed": standard float operators, for runtimes without integer products."""
-    model, snn = converted("bert")
+    model, snn = usual("bert")
     snn.to_onnx(tmp_path, form="closed")
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     assert not {"QuantizeLinear", "MatMulInteger"} & {node.op_type for node in graph.node}
@@ -668,7 +675,7 @@ def test_scales_too_small_for_float16_are_refused() -> None:
 
 
 def test_the_ledger_names_every_rounded_weight() -> None:
-    _, snn = converted("bert")
+    _, snn = usual("bert")
     rows = snn.ledger.table
     rows = rows[rows.rule == "int8_weights"]
     assert len(rows) == 2 * 6 + 1 + 3  # layers, pooler, embeddings
@@ -687,7 +694,7 @@ def test_a_checkpoint_keeps_what_the_passes_made(tmp_path: Path) -> None:
 
 def test_spikes_decode_to_what_the_products_read() -> None:
     """The events of every site, a row's own threshold among them, add up to the bytes."""
-    _, snn = converted("llama")
+    _, snn = usual("llama")
     given = batch("llama", seed=1)
     trains = snn.spikes(**given)
     assert set(trains) == set(facts(snn.ranged).sites)
@@ -718,7 +725,7 @@ def test_training_keeps_the_weights_meaning() -> None:
 
 def test_the_integer_graph_compiles_without_breaks() -> None:
     """One graph, integer products as they are; the compiler's backend is its own eager one."""
-    _, snn = converted("bert")
+    _, snn = usual("bert")
     given = batch("bert", seed=1)
     with torch.no_grad():
         compiled = torch.compile(snn.graph_module, fullgraph=True, backend="aot_eager")(**snn._inputs((), given))
@@ -727,7 +734,7 @@ def test_the_integer_graph_compiles_without_breaks() -> None:
 
 def test_counts_in_float_meet_int8_weights_in_float(tmp_path: Path) -> None:
     """ONNX Runtime's own rounding of the other side would add a tenth of the error."""
-    model, snn = converted("bert")
+    model, snn = usual("bert")
     snn.to_onnx(tmp_path, form="closed")
     given = batch("bert", rows=4, length=24)
     assert error(snn, OnnxModel(tmp_path, threads=1), given) < 0.1 * error(model, snn, given)
