@@ -110,8 +110,25 @@ def test_language_is_a_ratio_to_the_originals_perplexity(epochs: float, small: P
     (target,) = (line.target for line in whole.lines if line.met)
     assert target == "T = 3 ≤ 10" and ("no stage I" in whole.note) == (epochs == 0)
     assert all(second > 0 for second in labelled(times)[TUNED])
-    recipes_kept = [json.loads(file.read_text())["recipe"] for file in small.glob("*/record.json")]
-    assert sum("measured" in recipe for recipe in recipes_kept) == 4 + (epochs > 0)  # rows of the table, and stage I
+    errors = [ratios[f"alignment error, {stage}"] for stage in ("before", "layer", "neuron")]
+    tuned = (errors[0] != errors[1]) + (errors[1] != errors[2])
+    assert times_measured(small) == 2 + tuned + (epochs > 0)  # uncalibrated, sequential, what changed, and stage I
+
+
+def times_measured(kept: Path) -> int:
+    recipes_kept = [json.loads(file.read_text())["recipe"] for file in kept.glob("*/record.json")]
+    return sum("measured" in recipe for recipe in recipes_kept)
+
+
+def test_what_calibration_leaves_as_it_is_is_not_measured_again(small: Path) -> None:
+    """At T = 1 the multi code's first tick is what stage I trained."""
+    whole, times = by_ticks.tables(
+        Case("language", "multi", "matmul", 1, (1,), (), 0.5, lr=1e-3, tuning=2), quick=False
+    )
+    figures = labelled(whole)
+    assert figures["uncalibrated"] == figures["after layer"] == figures[TUNED]
+    assert times_measured(small) == 3  # uncalibrated, sequential, and stage I
+    assert all(second > 0 for second in labelled(times)[TUNED])
 
 
 def test_stage_one_through_time_is_another_recipe_and_reaches_what_its_ticks_say(

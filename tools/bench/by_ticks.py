@@ -122,9 +122,13 @@ def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> di
     """The column of one T: row -> cell."""
     made.snn.schedule, made.snn.timesteps = "synchronous", ticks
     of = partial(_made_by, case, made, ticks)
-    found = {"uncalibrated": judge.cell(of("uncalibrated"), made.snn)}
+    found = {"uncalibrated": (cell := judge.cell(of("uncalibrated"), made.snn))}
     layer, neuron = _tuned(case, made, ticks, quick)
-    found |= {name: judge.cell(of(name), *kept) for name, kept in (("after layer", layer), (TUNED, neuron))}
+    for name, stage, kept in (("after layer", "layer", layer), (TUNED, "neuron", neuron)):
+        # What every site transmits is as far from the teacher's as before, to the bit: the network is as it was.
+        same = kept.model.tuning[stage].equals(kept.model.tuning["before"])
+        cell = cell._replace(seconds=kept.seconds) if same else judge.cell(of(name), *kept)
+        found[name] = cell
     errors = {"before": layer.model.tuning["before"], "layer": layer.model.tuning["layer"]}
     errors["neuron"] = neuron.model.tuning["neuron"]
     found |= {f"alignment error, {stage}": Cell(float(error.mean()), ERROR) for stage, error in errors.items()}
