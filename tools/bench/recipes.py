@@ -75,7 +75,7 @@ SPARSE = ("multi", "matmul", 1, (1, 2), (Target(TUNED, 1, loss=0.005), Target(SP
 FEWER = {"levels": 8}
 CENTRED = {"centre": True}
 ACTIVATION = ("rate", "activation", 8, MANY, (Target(TUNED, 8, loss=0.003),))
-# A gate keeps its function: without training, replacing it costs a hundred times the perplexity. Eight magnitudes are few.
+# A gate keeps its function: without training, replacing it costs a hundred times the perplexity. 16 counts, not 8.
 GATES = {"activation": "keep", "margin": 1.0, "population": 2}
 RATE = ("rate", "matmul", 8, MANY, (Target(TUNED, 16, loss=0.02), Target(SEQUENTIAL, 8, loss=0.01)))
 SPEECH = (Target(TUNED, 3, loss=0.015), Target(TUNED, 2, loss=0.06))
