@@ -226,7 +226,7 @@ def test_the_weight_on_spikes_is_chosen_by_rows_to_train_on(small: Path, monkeyp
     (choice,) = fas.valence_sparse(quick=False)
     assert choice.columns == ("", "0.0", "9.0") and len(labelled(choice)[SPIKES]) == 2
     (case,) = seen
-    assert (case.task, case.spikes, case.config.levels) == ("valence", 9.0, 8)
+    assert (case.task, case.spikes, case.config.levels) == ("valence", 9.0, 5)
 
 
 def test_a_weight_on_spikes_is_another_recipe(small: Path) -> None:

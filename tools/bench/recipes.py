@@ -70,10 +70,10 @@ ORIGINAL = {
     "language": (1, 2e-5),
 }
 MULTI = ("multi", "matmul", 1, FEW, (Target(TUNED, 1, loss=0.003),))
-# Of 20 levels a value is silent below 2^-20 of the threshold: almost none is. Of 8, half of them are.
+# Of 20 levels a value is silent below 2^-20 of the threshold: almost none is. Of five, per channel, half of them are.
 SPARSE = ("multi", "matmul", 1, (1, 2), (Target(TUNED, 1, loss=0.005), Target(SPIKES, 1, most=0.5)))
-FEWER = {"levels": 8}
 CENTRED = {"centre": True}
+FEWER = {"levels": 5, "granularity": "channel", "margin": 2.0, **CENTRED}
 ACTIVATION = ("rate", "activation", 8, MANY, (Target(TUNED, 8, loss=0.003),))
 # A gate keeps its function: without training, replacing it costs a hundred times the perplexity. 16 counts, not 8.
 GATES = {"activation": "keep", "margin": 1.0, "population": 2}
