@@ -99,7 +99,8 @@ def read(folder: Path) -> GraphModule:
     with _damage(folder):
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         _check(folder, settings)
-        tensors = load_file(folder / WEIGHTS)
+        # The file's lie where its bytes do, copies where torch puts tensors; the last bits of products hang on that.
+        tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
         tensors |= {alias: tensors[name] for alias, name in settings["aliases"].items()}
         gm = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(gm).constants = settings["constants"]
