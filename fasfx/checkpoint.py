@@ -90,17 +90,24 @@ def load(folder: Path) -> SpikingModel:
         return SpikingModel(ranged, AutoConfig.from_pretrained(folder) if "config.json" in named else None)
 
 
-def read(folder: Path) -> GraphModule:
-    """The program that `write` wrote. Raises CheckpointError."""
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds, where torch puts tensors and not where the file's bytes lie.
+
+    The last bits of a product may hang on that.
+    """
     from safetensors.torch import load_file
 
+    return {name: value.clone() for name, value in load_file(file).items()}
+
+
+def read(folder: Path) -> GraphModule:
+    """The program that `write` wrote. Raises CheckpointError."""
     if not (folder / SETTINGS).is_file():
         raise CheckpointError(f"{folder} is no fasfx checkpoint: it has no {SETTINGS}; make one with `fasfx convert`")
     with _damage(folder):
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         _check(folder, settings)
-        # The file's lie where its bytes do, copies where torch puts tensors; the last bits of products hang on that.
-        tensors = {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
+        tensors = read_tensors(folder / WEIGHTS)
         tensors |= {alias: tensors[name] for alias, name in settings["aliases"].items()}
         gm = parse((folder / GRAPH).read_text(encoding="utf-8"), tensors, SpikeConfig(**settings["config"]))
         facts(gm).constants = settings["constants"]

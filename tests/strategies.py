@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -397,6 +397,11 @@ def outputs(module: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         found = torch.utils._pytree.tree_leaves(module(**batch))
     return [value for value in found if isinstance(value, Tensor)]
+
+
+def aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors lie where torch puts them on a CPU, at multiples of 64 bytes."""
+    return all(value.data_ptr() % 64 == 0 for value in tensors)
 
 
 def same(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:

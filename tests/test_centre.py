@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import Calls, Net, outputs, same
+from strategies import Calls, Net, aligned, outputs, same
 from test_training import classifier, descend, inputs, text
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +21,6 @@ from fasfx.ranging import calibrate
 from fasfx.runner import Runner
 
 aten = torch.ops.aten
-ALIGNED = 64  # bytes, of what torch allocates on a CPU
 CENTRED = fasfx.SpikeConfig(centre=True, nonlinear="exact", timesteps=1)
 
 
@@ -120,7 +119,7 @@ def test_checkpoints_and_exports_keep_it(schedule: Any, tmp_path: Path) -> None:
     snn.save_pretrained(tmp_path / "saved")
     again = fasfx.SpikingModel.from_pretrained(tmp_path / "saved")
     # Some processors sum a product of a matrix and a vector in an order that hangs on where these lie in memory.
-    assert all(value.data_ptr() % ALIGNED == 0 for value in again.ranged.state_dict().values())
+    assert aligned(again.ranged.state_dict().values())
     assert torch.equal(again(**batch).logits, snn(**batch).logits)
     snn.to_onnx(tmp_path / "onnx")
     there = fasfx.runtime.OnnxModel(tmp_path / "onnx")(**batch).logits

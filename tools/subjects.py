@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 from fasfx.applying import Application, counting
 from fasfx.calibration import first_and_all, sentences, text_batches, tokenizer_beside
 from fasfx.capture import capture
-from fasfx.checkpoint import GRAPH, SETTINGS, read, write
+from fasfx.checkpoint import GRAPH, SETTINGS, read, read_tensors, write
 from fasfx.config import SpikeConfig
 from fasfx.errors import CalibrationError, CheckpointError, ConfigError
 from fasfx.folders import CONFIG, load_model
@@ -150,10 +150,8 @@ def program_folder(source: Path) -> Path | None:
 
 def _stored(program: GraphModule, folder: Path) -> list[Batch]:
     """The batches beside a stored program."""
-    from safetensors.torch import load_file
-
     if (folder / INPUTS).is_file():
-        tensors = load_file(folder / INPUTS)
+        tensors = read_tensors(folder / INPUTS)
         numbers = sorted({int(name.partition(".")[0]) for name in tensors})
         return [{name: tensors[f"{number}.{name}"] for name in input_names(program)} for number in numbers]
     tokenizer = tokenizer_beside(str(folder))

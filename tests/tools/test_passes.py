@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from strategies import aligned
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
@@ -120,6 +121,8 @@ def test_a_stored_program_gives_what_the_model_gives(
         (folder,) = tmp_path.glob(f"{number}-*")
         again = tools.subject(folder / "graph.txt")
         assert text(again.program) == (folder / "graph.txt").read_text()
+        stored = [*again.program.state_dict().values(), *(value for batch in again.batches for value in batch.values())]
+        assert aligned(stored)
         found = tools.run(again)
         assert text(found) == text(final)
         for a, b in zip(output(found, given.inputs).values(), output(final, given.inputs).values(), strict=True):

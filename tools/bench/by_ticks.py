@@ -122,7 +122,8 @@ def _column(case: Case, judge: Judge, made: Made, ticks: int, quick: bool) -> di
     """The column of one T: row -> cell."""
     made.snn.schedule, made.snn.timesteps = "synchronous", ticks
     of = partial(_made_by, case, made, ticks)
-    found = {"uncalibrated": (cell := judge.cell(of("uncalibrated"), made.snn))}
+    cell = judge.cell(of("uncalibrated"), made.snn)
+    found = {"uncalibrated": cell}
     layer, neuron = _tuned(case, made, ticks, quick)
     for name, stage, kept in (("after layer", "layer", layer), (TUNED, "neuron", neuron)):
         # What every site transmits is as far from the teacher's as before, to the bit: the network is as it was.
