@@ -24,7 +24,7 @@ class Recorder(Interpreter):
     values: site -> what its neuron transmits: the clipped value, or in a step graph the running estimate; of a
             program without neurons (RANGED) the value itself.
     currents: site -> its neuron's input in a step graph.
-    active: site -> spikes per value, differentiable (fasfx.ops.codes.Code.activity).
+    counted, of: a smooth number of the spikes of all sites (fasfx.ops.codes.Code.activity), and of how many values.
     """
 
     def __init__(self, gm: GraphModule, spikes: bool = False) -> None:
@@ -32,7 +32,7 @@ class Recorder(Interpreter):
         self._nodes, self._spikes = transmitted(gm), spikes
         self.values: dict[str, Tensor] = {}
         self.currents: dict[str, Tensor] = {}
-        self.active: dict[str, Tensor] = {}
+        self.counted, self.of = torch.zeros(()), 0
 
     def run_node(self, n: Node) -> Any:
         """Note what a site's node gives."""
@@ -55,8 +55,13 @@ class Recorder(Interpreter):
         else:
             u, sent, number, code, levels, signed = arguments
             active = ops.CODES[code].activity(ops.tick.ticking(code).reach(u, sent, number, levels, signed), 1)
-        site = str(node.meta["site"])
-        self.active[site] = self.active.get(site, 0.0) + active.mean()
+        self.counted = self.counted.to(active.device) + active.sum()
+        self.of += active.numel()
+
+    @property
+    def per_value(self) -> Tensor:
+        """Spikes per value of all sites, as fasfx.energy counts them, [], differentiable; 0 if they are not counted."""
+        return self.counted / max(1, self.of)
 
 
 class Seen(NamedTuple):
@@ -74,7 +79,7 @@ def seen_by(gm: GraphModule, inputs: Iterable[Tensor], spikes: bool = False) -> 
     """What a program without ticks does with inputs. spikes: whether to count them; else they are 0."""
     recorder = Recorder(gm, spikes)
     output = recorder.run(*inputs)
-    return Seen(recorder.values, output, mean(recorder.active))
+    return Seen(recorder.values, output, recorder.per_value)
 
 
 def transmitted(gm: GraphModule) -> dict[Node, str]:

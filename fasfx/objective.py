@@ -33,7 +33,7 @@ class Objective:
     logits:      KL divergence of the logits from the teacher's, at `temperature`; of an output without logits, such as
                  an encoder's, the relative squared error of its main tensor.
     hidden:      relative squared error of what sites transmit from the teacher's values, mean over the sites.
-    spikes:      spikes per value, mean over the sites: asks for fewer.
+    spikes:      spikes per value, of all sites together as fasfx.energy counts them: asks for fewer.
     Without a teacher, logits and hidden do not count.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
-from fasfx.alignment import Recorder, Seen, mean
+from fasfx.alignment import Recorder, Seen
 from fasfx.ops import tick
 from fasfx.passes import Clip, Substitute
 from fasfx.passes.lower import look_up
@@ -72,7 +72,7 @@ class ThroughTime:
                     sent, now = passing(spikes, *inputs, torch.tensor(number), *sent)
                 active = active + now
         recorder, leaves, _ = self._tick(spikes, *inputs, torch.tensor(self._steps), *sent)
-        return Seen(recorder.values, self._graph.output(leaves), active + mean(recorder.active))
+        return Seen(recorder.values, self._graph.output(leaves), active + recorder.per_value)
 
     @torch.no_grad()
     def currents(self, inputs: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -93,4 +93,4 @@ class ThroughTime:
     def _passing(self, spikes: bool, *given: Tensor) -> tuple[list[Tensor], Tensor]:
         """A tick that is not the last: only its state and its spikes count."""
         recorder, _, sent = self._tick(spikes, *given)
-        return sent, mean(recorder.active)
+        return sent, recorder.per_value

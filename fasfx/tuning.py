@@ -62,7 +62,7 @@ def tune(
     teacher:  whose logits are the second teacher, such as the original model; None: the first teacher's own.
     logits:   weight of KL(teacher || network) of the logits, nats per position; of an output without logits, of the
               relative squared error of its main tensor.
-    spikes:   weight of spikes per value, mean over the sites: asks for fewer.
+    spikes:   weight of spikes per value, of all sites together as fasfx.energy counts them: asks for fewer.
     epochs:   at most; a stage ends earlier when the held-out loss has not fallen for PATIENCE epochs, and at once where
               it is 0 but for rounding.
     folder:   where progress is kept after the closed forms and every epoch; a second call with it goes on where the

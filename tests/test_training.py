@@ -465,12 +465,23 @@ def test_the_loss_is_the_sum_of_the_objectives_terms(qann: fasfx.ClippedModel) -
     hidden = sum((values[n] - wanted[n]).norm() ** 2 / wanted[n].norm() ** 2 for n in wanted) / len(wanted)
     counter = Recorder(qann._programs[1], spikes=True)
     counter.run(*inputs(batch).values())
-    spikes = sum(counter.active.values()) / len(wanted)
+    spikes = counter.per_value
     assert torch.allclose(task, alone, rtol=1e-12)
     terms = 2 * kl + 3 * hidden + 0.25 * spikes
     assert all(float(term.detach()) > 0.01 for term in (task, kl, hidden, spikes))
     assert torch.allclose(total, 0.5 * task + terms, rtol=1e-6)  # the divergence is in float32
     assert torch.allclose(without_labels, terms, rtol=1e-6)
+
+
+def test_spikes_are_counted_per_value_not_per_site() -> None:
+    """Two values that spike and silent ones behind them, as many as the layer is wide."""
+    found = []
+    for wide in (8, 18):
+        silent = nn.Linear(2, wide)
+        nn.init.zeros_(silent.weight), nn.init.zeros_(silent.bias)
+        qann = fasfx.prepare(nn.Sequential(silent, nn.ReLU(), nn.Linear(wide, 1)), [torch.ones(3, 2)], EXACT)
+        found.append(qann._seen({"input": torch.ones(3, 2)}, spikes=True).spikes.item())
+    assert found[0] * (2 + 8) == pytest.approx(found[1] * (2 + 18)) and found[0] > 0
 
 
 def test_disagreement_counts_positions_of_the_mask_only() -> None:
