@@ -242,6 +242,9 @@ def evaluating(model: nn.Module, dropout: bool = False, still: Collection[str] =
 
 
 def _mutates(node: torch.fx.Node) -> bool:
+    """Whether it writes over a value; detach_, of which a model's cache is full, does not."""
+    if node.target is torch.ops.aten.detach_.default:
+        return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 

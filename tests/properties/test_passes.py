@@ -30,6 +30,7 @@ from fasfx.passes import PIPELINE, Clip, Fold, Lower, Normalise, Observe, Substi
 from fasfx.passes.substitute import qcfs_to_fire
 from fasfx.program import attribute, copy_program, facts, operators
 from fasfx.runner import Pass, Runner
+from fasfx.tools.bench.models import tiny, tiny_inputs
 
 aten = torch.ops.aten
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -432,6 +433,19 @@ def test_leftovers_of_capture_go(call: Callable[..., Any]) -> None:
     made = Net("leftovers", Calls(call, l=nn.Linear(8, 8)), {"x": torch.randn(3, 8)}).double()
     snn = fasfx.convert(made.module, calibration=[made.batch], config=SpikeConfig(nonlinear="exact", timesteps=10))
     assert same(outputs(made.module, made.batch), outputs(snn, made.batch), 2.0**-12)
+
+
+def test_a_cache_does_not_take_a_second_pass_to_write_out_what_changes_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cache is full of detach_, which changes no value; the pass takes as long as torch.export itself."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError("decomposed")
+
+    batch = tiny_inputs("llama") | {"use_cache": True}
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", never)
+    assert aten.detach_.default in targets(capture(tiny("llama"), batch, SpikeConfig()))
 
 
 def test_input_that_is_changed_in_place_stays_the_callers() -> None:
