@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from fasfx.errors import CalibrationError, ConfigError
 from fasfx.feedback import block_of
@@ -16,7 +17,7 @@ from fasfx.integer import evens_channels
 from fasfx.levels import is_skipped, spiking_operands
 from fasfx.ops.codes import CODES
 from fasfx.ops.functions import FUNCTIONS, OPERATORS
-from fasfx.program import Site, arg, describe, facts, module_path, set_attribute
+from fasfx.program import Site, arg, describe, facts, fake, module_path, set_attribute
 from fasfx.runner import Pass
 from fasfx.synapses import (
     ACTIVATIONS,
@@ -170,7 +171,7 @@ class _Watcher(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self._sites, self.batch = facts(gm).sites, 0
-        self._centres = facts(gm).centres
+        self._centres, self._masks = facts(gm).centres, dict[Node, Tensor]()
         self._ranges = facts(gm).ranges
         self._open = {n for n in gm.graph.nodes if n.target in OPERATORS and FUNCTIONS[OPERATORS[n.target]].needs_range}
         self._moments = evens_channels(gm)
@@ -183,6 +184,8 @@ class _Watcher(Interpreter):
         if self.batch == 0 and n.name in self._centres:
             self._find_centre(n)
         value = super().run_node(n)
+        if n.op == "placeholder" and str(n.target).endswith("attention_mask"):
+            self._masks[n] = value
         if (site := self._sites.get(n.name)) is not None:
             self._record(site, value, n)
         if n in self._open:
@@ -190,11 +193,17 @@ class _Watcher(Interpreter):
         return value
 
     def _find_centre(self, difference: Node) -> None:
-        """What is taken off a value: the median of each of its channels [D] in the first batch, 0 for a single row."""
+        """What is taken off a value: the median of each of its channels [D] in the first batch, 0 for a single row.
+
+        Rows that the mask of their own positions takes out (padding) do not count.
+        """
         value, centre = self.env[arg(difference, 0)], arg(difference, 1)
         _require_finite(value, difference, self.batch)
+        for mask, kept in self._masks.items():
+            if _are_positions(mask, arg(difference, 0)):
+                value = value[kept.bool()]
         rows = _rows(value, (-1,))
-        if rows.shape[-1] == 1:  # which says nothing about how far others are from it
+        if rows.shape[-1] <= 1:  # which says nothing about how far others are from it
             return
         self.env[centre] = rows.median(-1).values
         set_attribute(self.module, str(centre.target), self.env[centre])
@@ -240,6 +249,13 @@ class _Watcher(Interpreter):
             self._sites[name].moment = (trust * moment + (1 - trust) * torch.diag_embed(own)) / rows
         for name, lifts in self._lifts.items():
             self._sites[name].lift = sum(lifts) / len(lifts)
+
+
+def _are_positions(mask: Node, value: Node) -> bool:
+    """Whether a mask [batch, length] has an element for every row of a value [batch, length, D], at any length."""
+    positions, seen = fake(mask), fake(value)
+    assert positions is not None and seen is not None
+    return statically_known_true(sym_eq(positions.shape, seen.shape[:-1]))
 
 
 def _require_finite(value: Tensor, node: Node, batch: int) -> None:
