@@ -9,11 +9,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx.program import Declined, arg, constants, describe, fake
-from fasfx.synapses import CONVOLUTIONS
+from fasfx.synapses import CONVOLUTIONS, TRAINING
 
 aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-PASSED = (aten.dropout.default, aten.contiguous.default, aten.clone.default)
+PASSED = (*TRAINING, aten.contiguous.default, aten.clone.default)
 
 
 class CannotRotate(Exception):

@@ -91,6 +91,8 @@ ACTIVATIONS = frozenset(
 )
 # Value-preserving operators a spike passes unchanged.
 RELAYS = (aten.dropout.default,)
+# They act while a network trains; `lower` removes them.
+TRAINING = (*RELAYS, aten.detach.default)
 
 
 def operand(node: Any) -> Any:
@@ -275,7 +277,7 @@ MOVES = {
     aten.select.int,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    aten.dropout.default,
+    *TRAINING,
     aten.t.default,
     aten.repeat.default,
 }

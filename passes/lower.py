@@ -23,6 +23,7 @@ from fasfx.ops.lookup import Cells, cells_of, table_of
 from fasfx.program import add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.step import make_step_graph
+from fasfx.synapses import TRAINING
 
 aten = torch.ops.aten
 
@@ -41,9 +42,9 @@ class Lower(Pass):
         self._bytes_travel = bytes_travel
 
     def rewrite(self, gm: GraphModule) -> bool:
-        """Replace every neuron; remove dropout."""
-        for node in gm.graph.find_nodes(op="call_function", target=aten.dropout.default):
-            node.replace_all_uses_with(node.args[0])
+        """Replace every neuron; remove what acts in training only."""
+        for node in [node for node in gm.graph.nodes if node.target in TRAINING]:
+            node.replace_all_uses_with(arg(node, 0))
             gm.graph.erase_node(node)
         if facts(gm).config.schedule == "sequential":
             close(gm)

@@ -14,7 +14,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
@@ -22,7 +22,7 @@ from fasfx.applying import may_apply
 from fasfx.attention import attention_to_products, softmax_to_deferred
 from fasfx.batch_norms import fold_batch_norms
 from fasfx.compositions import compose
-from fasfx.program import arg, facts, fake
+from fasfx.program import arg, attribute, facts, fake
 from fasfx.rewrite import proxy, replace, rewrite
 from fasfx.runner import Pass
 
@@ -188,8 +188,11 @@ def remove_assertions(gm: GraphModule) -> bool:
 
 
 def remove_identities(gm: GraphModule) -> bool:
-    """Aliases, detaches, conversions to the dtype and device and reshapes to the shape a value already has."""
-    same = (aten.alias.default, aten.detach.default, aten.detach_.default, aten.lift_fresh_copy.default)
+    """Aliases, conversions to the dtype and device and reshapes to the shape a value already has; detaches.
+
+    While a network trains, a detach stays where parameters are behind it.
+    """
+    same = (aten.alias.default, aten.lift_fresh_copy.default)
     convert = (
         aten.to.dtype,
         aten.to.dtype_layout,
@@ -197,10 +200,14 @@ def remove_identities(gm: GraphModule) -> bool:
         aten._to_copy.default,
         aten.type_as.default,
     )
+    for node in gm.graph.find_nodes(op="call_function", target=aten.detach_.default):
+        node.target = aten.detach.default
+    learned = _learned(gm) if facts(gm).trainable else set[Node]()
     gone = [
         n
         for n in gm.graph.nodes
         if n.target in same
+        or (n.target is aten.detach.default and arg(n, 0) not in learned)
         or (n.target in convert and _unchanged(n))
         or (n.target is aten.clone.default and not n.kwargs)
         or (n.target is aten.slice.Tensor and _whole(n))
@@ -218,6 +225,16 @@ def views_to_reshapes(gm: GraphModule) -> bool:
     for node in views:
         node.target = aten.reshape.default
     return bool(views)
+
+
+def _learned(gm: GraphModule) -> set[Node]:
+    """What parameters are behind: detached from it, a value passes no gradient on."""
+    found = set[Node]()
+    for node in gm.graph.nodes:
+        parameter = node.op == "get_attr" and isinstance(attribute(gm, str(node.target)), nn.Parameter)
+        if parameter or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _unchanged(node: Node) -> bool:

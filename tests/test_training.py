@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import (
     BertConfig,
     BertForMultipleChoice,
@@ -471,6 +472,37 @@ def test_the_loss_is_the_sum_of_the_objectives_terms(qann: fasfx.ClippedModel) -
     assert all(float(term.detach()) > 0.01 for term in (task, kl, hidden, spikes))
     assert torch.allclose(total, 0.5 * task + terms, rtol=1e-6)  # the divergence is in float32
     assert torch.allclose(without_labels, terms, rtol=1e-6)
+
+
+class Detaching(nn.Module):
+    """A layer behind a detach, and one that has its gradient past it; a weight that one branch only reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x))
+        z = F.linear(y.detach(), self.b.weight) + F.linear(y, self.b.weight.detach(), self.b.bias)
+        return self.c(torch.tanh(z) * ids.unsqueeze(-1).detach() + torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_what_a_model_detaches_stays_detached(through: bool) -> None:
+    """As fine as FINE, so the gradients are the original's; what comes of it is deployed without."""
+    torch.manual_seed(0)
+    model, batch = Detaching().double(), {"x": torch.randn(6, 4).double(), "ids": torch.ones(6, dtype=torch.int64)}
+    schedule = "synchronous" if through else "sequential"
+    config = FINE.replace(schedule=schedule, timesteps=12 if through else 24)
+    qann = fasfx.prepare(model, [batch], config, through_time=through)
+    for network in (model, qann):
+        network(**batch).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(qann.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6), name
+    assert all(p.grad.any() for name, p in qann.named_parameters() if name.endswith(LOG_SCALE))
+    snn = fasfx.convert(qann)
+    assert aten.detach.default not in {node.target for node in snn.graph_module.graph.nodes}
+    assert torch.allclose(snn(**batch), model(**batch), rtol=1e-4)
 
 
 def test_spikes_are_counted_per_value_not_per_site() -> None:
