@@ -24,7 +24,6 @@ class Recorder(Interpreter):
     values: site -> what its neuron transmits: the clipped value, or in a step graph the running estimate; of a
             program without neurons (RANGED) the value itself.
     currents: site -> its neuron's input in a step graph.
-    counted, of: a smooth number of the spikes of all sites (fasfx.ops.codes.Code.activity), and of how many values.
     """
 
     def __init__(self, gm: GraphModule, spikes: bool = False) -> None:
@@ -32,7 +31,7 @@ class Recorder(Interpreter):
         self._nodes, self._spikes = transmitted(gm), spikes
         self.values: dict[str, Tensor] = {}
         self.currents: dict[str, Tensor] = {}
-        self.counted, self.of = torch.zeros(()), 0
+        self._sent, self._sizes = torch.zeros(()), dict[str, int]()
 
     def run_node(self, n: Node) -> Any:
         """Note what a site's node gives."""
@@ -55,13 +54,16 @@ class Recorder(Interpreter):
         else:
             u, sent, number, code, levels, signed = arguments
             active = ops.CODES[code].activity(ops.tick.ticking(code).reach(u, sent, number, levels, signed), 1)
-        self.counted = self.counted.to(active.device) + active.sum()
-        self.of += active.numel()
+        self._sent = self._sent.to(active.device) + active.sum(dtype=torch.promote_types(active.dtype, torch.float32))
+        self._sizes[str(node.meta["site"])] = active.numel()  # of one of its neurons: as many values as it sends
 
     @property
     def per_value(self) -> Tensor:
-        """Spikes per value of all sites, as fasfx.energy counts them, [], differentiable; 0 if they are not counted."""
-        return self.counted / max(1, self.of)
+        """Spikes per value of all sites, as fasfx.energy counts them, [], differentiable; 0 if they are not counted.
+
+        A smooth number of spikes: fasfx.ops.codes.Code.activity.
+        """
+        return self._sent / max(1, sum(self._sizes.values()))
 
 
 class Seen(NamedTuple):

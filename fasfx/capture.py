@@ -52,15 +52,17 @@ def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig, tra
         exported = exported.run_decompositions({target: table[target] for target in _DECOMPOSED})
     captured = program(exported.module(check_guards=False), config, constants)
     facts(captured).trainable = training
-    _one_dropout(captured)
+    _one_spelling(captured)
     set_dropout(captured, False)
     if training:
         tie(captured, model)
     return captured
 
 
-def _one_dropout(gm: GraphModule) -> None:
-    """Functional graphs spell dropout native_dropout(x, p, train)[0]."""
+def _one_spelling(gm: GraphModule) -> None:
+    """Functional graphs spell dropout native_dropout(x, p, train)[0]; detach_ would change the caller's tensor."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.target = torch.ops.aten.detach.default
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.native_dropout.default):
         with gm.graph.inserting_before(node):
             plain = gm.graph.call_function(torch.ops.aten.dropout.default, node.args)
@@ -242,7 +244,7 @@ def evaluating(model: nn.Module, dropout: bool = False, still: Collection[str] =
 
 
 def _mutates(node: torch.fx.Node) -> bool:
-    """Whether it writes over a value; detach_, of which a model's cache is full, does not."""
+    """Whether it writes over a value; detach_, of which a model's cache is full, leaves the numbers as they are."""
     if node.target is torch.ops.aten.detach_.default:
         return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

@@ -17,7 +17,7 @@ from fasfx import ops
 from fasfx.ops.functions import FUNCTIONS
 from fasfx.ops.reductions import REDUCTIONS
 from fasfx.program import add_tensor, arg, attribute, constants, fake
-from fasfx.synapses import TRAINING, VIEWS
+from fasfx.synapses import RELAYS, VIEWS
 
 aten = torch.ops.aten
 _THROUGH_ANY = {  # data movement and sums: one common factor passes
@@ -33,7 +33,7 @@ _THROUGH_ANY = {  # data movement and sums: one common factor passes
 _THROUGH_ALL = {  # element by element, positively homogeneous: any positive scale passes
     aten.contiguous.default,
     aten.clone.default,
-    *TRAINING,
+    *RELAYS,
     aten.neg.default,
     aten.div.Tensor,
 }

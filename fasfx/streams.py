@@ -9,11 +9,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fasfx.program import Declined, arg, constants, describe, fake
-from fasfx.synapses import CONVOLUTIONS, TRAINING
+from fasfx.synapses import CONVOLUTIONS, RELAYS
 
 aten = torch.ops.aten
 NORMS = (aten.layer_norm.default, aten.rms_norm.default)
-PASSED = (*TRAINING, aten.contiguous.default, aten.clone.default)
+PASSED = (*RELAYS, aten.contiguous.default, aten.clone.default)
 
 
 class CannotRotate(Exception):

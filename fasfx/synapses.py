@@ -89,10 +89,8 @@ ACTIVATIONS = frozenset(
         aten.softplus.default,
     }
 )
-# Value-preserving operators a spike passes unchanged.
-RELAYS = (aten.dropout.default,)
-# They act while a network trains; `lower` removes them.
-TRAINING = (*RELAYS, aten.detach.default)
+# Value-preserving operators a spike passes unchanged; they act while a network trains.
+RELAYS = (aten.dropout.default, aten.detach.default)
 
 
 def operand(node: Any) -> Any:
@@ -277,7 +275,7 @@ MOVES = {
     aten.select.int,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    *TRAINING,
+    *RELAYS,
     aten.t.default,
     aten.repeat.default,
 }

@@ -28,7 +28,7 @@ from fasfx.layers import Layers
 from fasfx.learnable import LOG_SCALE, as_stored, learn_thresholds, learned_thresholds
 from fasfx.objective import Objective, loss_of, teacher_program, terms, with_loss
 from fasfx.passes import Clip
-from fasfx.program import copy_program, facts, set_attribute, set_dropout
+from fasfx.program import arg, copy_program, facts, set_attribute, set_dropout
 from fasfx.ranging import Progress, calibrate
 from fasfx.runner import Runner, tidy
 from fasfx.through_time import ThroughTime, step_graph
@@ -290,9 +290,21 @@ class ClippedModel(Programmed):
         theta, of = learned_thresholds(clipped), facts(ranged)
         of.sites = {name: dataclasses.replace(site, theta=theta.get(name)) for name, site in of.sites.items()}
         of.trained, of.through_time, of.trainable = of.config.timesteps, self._through is not None, False
+        _reattach(ranged)
         fold_batch_norms(ranged)
         tidy(ranged)
         return ranged
+
+
+def _reattach(gm: GraphModule) -> None:
+    """A detach is for training: what is behind it is read instead, as one site."""
+    sites = facts(gm).sites
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        value = arg(node, 0)
+        if (site := sites.pop(node.name, None)) is not None:
+            sites.setdefault(value.name, dataclasses.replace(site, name=value.name))
+        node.replace_all_uses_with(value)
+        gm.graph.erase_node(node)
 
 
 def _learn(gm: GraphModule) -> None:

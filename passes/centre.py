@@ -22,7 +22,8 @@ class Centre(Pass):
     """Take the usual value off everything that only linear layers read.
 
     Exact up to float rounding, whatever c is and however the weights change.   Source: channel-wise shifting, Outlier
-    Suppression+, Wei et al., EMNLP 2023, by the middle of the range; the median here, of what is no padding.
+    Suppression+, Wei et al., EMNLP 2023, by the middle of the range; the median here, of rows that no attention mask
+    takes out.
     Rules: centre_layers. It declines, with the reason, for values that products or convolutions read (padding is not
     centred), and for those that cannot be negative: they rest at 0, where silence costs nothing.
     """

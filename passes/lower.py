@@ -23,7 +23,7 @@ from fasfx.ops.lookup import Cells, cells_of, table_of
 from fasfx.program import add_tensor, arg, attribute, constants, facts, insert
 from fasfx.runner import Pass
 from fasfx.step import make_step_graph
-from fasfx.synapses import TRAINING
+from fasfx.synapses import RELAYS
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class Lower(Pass):
 
     def rewrite(self, gm: GraphModule) -> bool:
         """Replace every neuron; remove what acts in training only."""
-        for node in [node for node in gm.graph.nodes if node.target in TRAINING]:
+        for node in [node for node in gm.graph.nodes if node.target in RELAYS]:
             node.replace_all_uses_with(arg(node, 0))
             gm.graph.erase_node(node)
         if facts(gm).config.schedule == "sequential":

@@ -200,8 +200,6 @@ def remove_identities(gm: GraphModule) -> bool:
         aten._to_copy.default,
         aten.type_as.default,
     )
-    for node in gm.graph.find_nodes(op="call_function", target=aten.detach_.default):
-        node.target = aten.detach.default
     learned = _learned(gm) if facts(gm).trainable else set[Node]()
     gone = [
         n

@@ -184,7 +184,7 @@ class _Watcher(Interpreter):
         if self.batch == 0 and n.name in self._centres:
             self._find_centre(n)
         value = super().run_node(n)
-        if n.op == "placeholder" and str(n.target).endswith("attention_mask"):
+        if n.op == "placeholder" and n.target in ("attention_mask", "decoder_attention_mask"):
             self._masks[n] = value
         if (site := self._sites.get(n.name)) is not None:
             self._record(site, value, n)
@@ -199,10 +199,9 @@ class _Watcher(Interpreter):
         """
         value, centre = self.env[arg(difference, 0)], arg(difference, 1)
         _require_finite(value, difference, self.batch)
-        for mask, kept in self._masks.items():
-            if _are_positions(mask, arg(difference, 0)):
-                value = value[kept.bool()]
-        rows = _rows(value, (-1,))
+        mask = next((kept for n, kept in self._masks.items() if _are_positions(n, arg(difference, 0))), None)
+        each = value.flatten(0, -2)
+        rows = _rows(each if mask is None else each[mask.flatten().bool()], (-1,))
         if rows.shape[-1] <= 1:  # which says nothing about how far others are from it
             return
         self.env[centre] = rows.median(-1).values
@@ -252,10 +251,11 @@ class _Watcher(Interpreter):
 
 
 def _are_positions(mask: Node, value: Node) -> bool:
-    """Whether a mask [batch, length] has an element for every row of a value [batch, length, D], at any length."""
+    """Whether a mask [batch, length] has an element for every row of [batch, length, D] or [batch * length, D]."""
     positions, seen = fake(mask), fake(value)
     assert positions is not None and seen is not None
-    return statically_known_true(sym_eq(positions.shape, seen.shape[:-1]))
+    both = (positions.shape, (positions.numel(),))
+    return any(statically_known_true(sym_eq(tuple(shape), tuple(seen.shape[:-1]))) for shape in both)
 
 
 def _require_finite(value: Tensor, node: Node, batch: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from strategies import Calls
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -500,20 +501,49 @@ def test_what_a_model_detaches_stays_detached(through: bool) -> None:
     for name, parameter in model.named_parameters():
         assert torch.allclose(qann.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6), name
     assert all(p.grad.any() for name, p in qann.named_parameters() if name.endswith(LOG_SCALE))
-    snn = fasfx.convert(qann)
-    assert aten.detach.default not in {node.target for node in snn.graph_module.graph.nodes}
+    snn, plain = fasfx.convert(qann), fasfx.convert(model, [batch], config)
+    assert facts(snn.ranged).sites.keys() == facts(plain.ranged).sites.keys()
+    assert aten.detach.default not in {node.target for node in snn.ranged.graph.nodes}
     assert torch.allclose(snn(**batch), model(**batch), rtol=1e-4)
 
 
-def test_spikes_are_counted_per_value_not_per_site() -> None:
-    """Two values that spike and silent ones behind them, as many as the layer is wide."""
-    found = []
+def test_a_site_behind_a_detach_is_that_of_its_value_when_training_is_over() -> None:
+    """tanh reads the detached value too, so spikes cannot pass it unchanged: two sites, or one of another name."""
+
+    def call(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        z = y.detach()
+        return m.b(z) + torch.tanh(z) + (m.b(y) if m.both else 0)
+
+    for both in (False, True):
+        torch.manual_seed(0)
+        model, batch = Calls(call, a=nn.Linear(4, 8), b=nn.Linear(8, 8)).double(), {"x": torch.randn(6, 4).double()}
+        model.both = both
+        qann = fasfx.prepare(model, [batch], FINE)
+        snn, plain = fasfx.convert(qann), fasfx.convert(model, [batch], FINE)
+        assert facts(qann._programs[0]).sites.keys() > facts(plain.ranged).sites.keys() or not both
+        assert facts(snn.ranged).sites.keys() == facts(plain.ranged).sites.keys()
+        assert torch.allclose(snn(**batch), plain(**batch), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("through", "population"), [(False, 1), (True, 1), (True, 2)])
+def test_spikes_are_counted_per_value(through: bool, population: int) -> None:
+    """Two values of one spike each, a power of two; silent ones behind them, as many as the layer is wide."""
+    config = EXACT.replace(timesteps=2 if through else 1, population=population, schedule="synchronous")
     for wide in (8, 18):
         silent = nn.Linear(2, wide)
         nn.init.zeros_(silent.weight), nn.init.zeros_(silent.bias)
-        qann = fasfx.prepare(nn.Sequential(silent, nn.ReLU(), nn.Linear(wide, 1)), [torch.ones(3, 2)], EXACT)
-        found.append(qann._seen({"input": torch.ones(3, 2)}, spikes=True).spikes.item())
-    assert found[0] * (2 + 8) == pytest.approx(found[1] * (2 + 18)) and found[0] > 0
+        model, batch = nn.Sequential(silent, nn.ReLU(), nn.Linear(wide, 1)), {"input": torch.ones(3, 2)}
+        qann = fasfx.prepare(model, [batch], config, through_time=through)
+        spikes = qann._seen(batch, spikes=True).spikes
+        assert spikes.item() == pytest.approx(2 / (2 + wide), rel=1e-3)
+        assert fasfx.energy(fasfx.convert(qann), [batch]).spikes == pytest.approx(2 / (2 + wide))
+
+
+def test_many_spikes_of_a_network_in_half_precision_are_a_number() -> None:
+    model, batch = nn.Linear(64, 512).half(), {"input": torch.ones(2048, 64, dtype=torch.float16)}
+    qann = fasfx.prepare(model, [batch], EXACT.replace(code="rate", timesteps=8))
+    assert qann._seen(batch, spikes=True).spikes.item() == pytest.approx(4, rel=0.1)  # margin 2
 
 
 def test_disagreement_counts_positions_of_the_mask_only() -> None:
