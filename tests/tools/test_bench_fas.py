@@ -215,20 +215,6 @@ def test_targets_are_losses_against_the_original() -> None:
     assert [judge.held(figure, most).met for judge in (accuracy, ratio) for figure in (0.4, 0.6)] == [True, False] * 2
 
 
-def test_the_weight_on_spikes_is_chosen_by_rows_to_train_on(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = tasks.TASKS["valence, to choose by"]()
-    assert (len(task.train), len(task.test)) == (32, 8) and task.train + task.test == tasks.TASKS["valence"]().train
-    monkeypatch.setattr(fas, "WEIGHTS", (0.0, 9.0))
-    monkeypatch.setattr(recipes, "ORIGINAL", {"valence, to choose by": (1, 1e-3)})
-    seen: list[Case] = []
-    monkeypatch.setattr(fas, "tables", lambda case, quick: seen.append(case) or iter(()))
-    monkeypatch.setattr(fas, "SPARSE", ("multi", "matmul", 1, (1, 2), (Target(SPIKES, 1, most=0.0),)))
-    (choice,) = fas.valence_sparse(quick=False)
-    assert choice.columns == ("", "0.0", "9.0") and len(labelled(choice)[SPIKES]) == 2
-    (case,) = seen
-    assert (case.task, case.spikes, case.config.levels) == ("valence", 9.0, 5)
-
-
 def test_a_weight_on_spikes_is_another_recipe(small: Path) -> None:
     longer = replace(CASE, epochs=6, lr=1e-2, settings={"levels": 8})
     plain, sparse = (recipes.made_of(replace(longer, spikes=weight), 0) for weight in (0.0, 20.0))

@@ -10,14 +10,13 @@ from statistics import mean, stdev
 import fasfx
 from fasfx.devices import device_of
 from fasfx.tools.bench.by_ticks import FIGURE, PERCENT, tables
-from fasfx.tools.bench.recipes import CASES, FEWER, SPARSE, SPARSE_LANGUAGE, SPIKES, Case, Target, made_of, teacher_of
+from fasfx.tools.bench.recipes import CASES, SPARSE_LANGUAGE, SPIKES, Target, made_of, teacher_of
 from fasfx.tools.bench.tables import Table, at_most, plain
 from fasfx.tools.bench.tasks import TASKS
 from fasfx.tools.bench.trained import calibration
 
 Part = Callable[[bool], Iterator[Table]]
 SEEDS = (0, 1, 2)
-WEIGHTS = (0.1, 0.3, 1.0)  # of spikes in the loss
 FEWER_SPIKES = 0.7  # of a language model's, at most
 QUICK = ("digits",)  # what --quick trains: minutes
 
@@ -39,26 +38,6 @@ def seeds(quick: bool) -> Iterator[Table]:
     header = ("", *(f"seed {seed}" for seed in SEEDS), "mean", "spread")
     note = f"{len(task.test):,} test sentences; spread: standard deviation."
     yield Table("Movie valence, multi code, T = 1", header, lines, note)
-
-
-def valence_sparse(quick: bool) -> Iterator[Table]:
-    """Few spikes: the smallest weight on them that sends few enough on a fifth of the training rows, then its table."""
-    case, found = Case("valence, to choose by", *SPARSE, settings=FEWER), dict[float, list[float]]()
-    task, most = TASKS[case.task](), next(target.most for target in case.targets if target.most is not None)
-    for weight in WEIGHTS:
-        made = made_of(replace(case, spikes=weight), 0)
-        start = time.perf_counter()
-        accuracies = [task.measure(net) for net in (made.original.model, made.snn)]
-        sent = fasfx.energy(made.snn, task.inputs(task.test[: task.size], device_of(made.snn))).spikes
-        found[weight] = [*accuracies, sent, made.trained.seconds, time.perf_counter() - start]
-        if sent <= most:
-            break
-    names = ("accuracy of the original", "accuracy", SPIKES, "wall time, stage I, s", "wall time, measuring, s")
-    forms = (PERCENT, PERCENT, FIGURE, "{:.0f}", "{:.0f}")
-    lines = [plain(*row) for row in zip(names, zip(*found.values(), strict=True), forms, strict=True)]
-    note = f"{len(task.test):,} of the rows to train on; the weight is raised until {SPIKES} are at most {most}."
-    yield Table("Weight on spikes, T = 1", ("", *map(str, found)), lines, note)
-    yield from tables(replace(case, task="valence", spikes=[*found][-1]), quick)
 
 
 def language_sparse(quick: bool) -> Iterator[Table]:
@@ -86,7 +65,6 @@ PARTS: dict[str, Part] = {
     name: _quickly(name, part)
     for name, part in {
         "seeds": seeds,
-        "valence_sparse": valence_sparse,
         "language_sparse": language_sparse,
         **{name: _part(name) for name in CASES},
     }.items()

@@ -12,7 +12,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,6 @@ class Task:
     def inputs(self, rows: list[Example], device: Any = None) -> list[dict[str, Any]]:
         """The same without labels."""
         return [{n: v for n, v in batch.items() if n != "labels"} for batch in self.batches(rows, device)]
-
-    def held_out(self) -> Task:
-        """The same task within its rows to train on: a fifth of them is kept apart, to choose by."""
-        cut = round(0.8 * len(self.train))
-        return replace(self, name=f"{self.name}, training rows", train=self.train[:cut], test=self.train[cut:])
 
 
 def _tokens(row: Example) -> int:
@@ -179,7 +174,6 @@ def _vader(file: str) -> str:
 
 TASKS: dict[str, Callable[[], Task]] = {
     "valence": valence,
-    "valence, to choose by": lambda: valence().held_out(),
     "r8": r8,
     "digits": digits,
     "language": language,
