@@ -56,7 +56,6 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     sentences = Task("sentences", classifier, rows(40), rows(16, seed=1), collate, "accuracy", size=8)
     speech = Task("speech", lambda _: tiny("llama"), rows(40), rows(8, seed=1), spoken, "perplexity", size=2)
     monkeypatch.setitem(tasks.TASKS, "valence", lambda: sentences)
-    monkeypatch.setitem(tasks.TASKS, "valence, to choose by", sentences.held_out)
     monkeypatch.setitem(tasks.TASKS, "language", lambda: speech)
     monkeypatch.setitem(recipes.ORIGINAL, "valence", (1, 1e-3))
     monkeypatch.setattr(trained, "tune", partial(fasfx.tune, epochs=1))
