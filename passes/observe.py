@@ -200,7 +200,7 @@ class _Watcher(Interpreter):
         value, centre = self.env[arg(difference, 0)], arg(difference, 1)
         _require_finite(value, difference, self.batch)
         mask = next((kept for n, kept in self._masks.items() if _are_positions(n, arg(difference, 0))), None)
-        each = value.flatten(0, -2)
+        each = value.reshape(-1, value.shape[-1])
         rows = _rows(each if mask is None else each[mask.flatten().bool()], (-1,))
         if rows.shape[-1] <= 1:  # which says nothing about how far others are from it
             return
