@@ -47,22 +47,22 @@ def capture(model: nn.Module, batch: Mapping[str, Any], config: SpikeConfig, tra
             stacklevel=2,
         )
         exported = _exported(model, tensors, constants, training, random)
+    for node in exported.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
+        node.target = torch.ops.aten.detach.default  # a model's cache is full of them, and no number changes
     if any(_mutates(node) or node.target in _DECOMPOSED for node in exported.graph.nodes):
         table = default_decompositions()
         exported = exported.run_decompositions({target: table[target] for target in _DECOMPOSED})
     captured = program(exported.module(check_guards=False), config, constants)
     facts(captured).trainable = training
-    _one_spelling(captured)
+    _one_dropout(captured)
     set_dropout(captured, False)
     if training:
         tie(captured, model)
     return captured
 
 
-def _one_spelling(gm: GraphModule) -> None:
-    """Functional graphs spell dropout native_dropout(x, p, train)[0]; detach_ would change the caller's tensor."""
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.detach_.default):
-        node.target = torch.ops.aten.detach.default
+def _one_dropout(gm: GraphModule) -> None:
+    """Functional graphs spell dropout native_dropout(x, p, train)[0]."""
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.native_dropout.default):
         with gm.graph.inserting_before(node):
             plain = gm.graph.call_function(torch.ops.aten.dropout.default, node.args)
@@ -244,9 +244,6 @@ def evaluating(model: nn.Module, dropout: bool = False, still: Collection[str] =
 
 
 def _mutates(node: torch.fx.Node) -> bool:
-    """Whether it writes over a value; detach_, of which a model's cache is full, leaves the numbers as they are."""
-    if node.target is torch.ops.aten.detach_.default:
-        return False
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
